@@ -1,7 +1,7 @@
 """Sphinx extension: badges beside statements, the ledger, and a build that fails when evidence is missing.
 
 Claims are read from the outputs of the executed notebooks, statements from the blocks of `sphinx_proof`. Pages may
-use two directives: ``verify-ledger`` (the table, the graph and a summary) and ``erratum`` (a row of the errata).
+use two directives: ``verify-ledger`` (a table, a graph or a summary) and ``erratum`` (a row of the errata).
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class ledger_node(nodes.General, nodes.Element):
 
 
 class LedgerDirective(SphinxDirective):
-    """Place of the ledger: summary, table and dependency graph."""
+    """Place of a part of the ledger: its ``table``, its ``graph`` or its ``summary`` in one sentence."""
+
+    required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """Return the placeholder that is filled when the page is written.
@@ -46,8 +48,11 @@ class LedgerDirective(SphinxDirective):
         Returns:
             One node.
         """
-        _page(self.env, self.env.docname)["ledger"] = True
-        return [ledger_node()]
+        part = self.arguments[0]
+        if part not in ("table", "graph", "summary"):
+            raise self.error(f"verify-ledger: expected table, graph or summary, got {part}")
+        _page(self.env, self.env.docname)["ledger"].append(part)
+        return [ledger_node(part=part)]
 
 
 class ErratumDirective(SphinxDirective):
@@ -102,7 +107,7 @@ def _page(env: BuildEnvironment, name: str) -> dict[str, Any]:
     """Return what is remembered of a page."""
     pages: dict[str, dict[str, Any]] = getattr(env, _STATE, {})
     setattr(env, _STATE, pages)
-    return pages.setdefault(name, {"blocks": [], "claims": [], "errata": [], "ledger": False})
+    return pages.setdefault(name, {"blocks": [], "claims": [], "errata": [], "ledger": []})
 
 
 def _forget(app: Sphinx, env: BuildEnvironment, docname: str) -> None:
@@ -187,7 +192,7 @@ def _gate(app: Sphinx, env: BuildEnvironment) -> None:
 
 
 def _ledger_pages(app: Sphinx, env: BuildEnvironment) -> list[str]:
-    """Have the ledger written again whenever any page has been read again."""
+    """Have the parts of the ledger written again whenever any page has been read again."""
     return [name for name, page in getattr(env, _STATE, {}).items() if page["ledger"]]
 
 
@@ -229,11 +234,11 @@ def _write_evidence(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             text = badge(records[node["label"]], links.html, foot=foot.replace("LABEL", node["label"]))
             node.insert(1, nodes.raw("", text, format="html"))
         elif isinstance(node, ledger_node):
-            node.replace_self(nodes.raw("", _ledger_html(app, links), format="html"))
+            node.replace_self(nodes.raw("", _ledger_html(app, links, node["part"]), format="html"))
 
 
 def _foot(app: Sphinx, docname: str) -> str:
-    target = next(iter(_ledger_pages(app, app.env)), None)
+    target = next((name for name, page in getattr(app.env, _STATE, {}).items() if "table" in page["ledger"]), None)
     if target is None:
         return ""
     uri = app.builder.get_relative_uri(docname, target)
@@ -244,13 +249,13 @@ def _entries(env: BuildEnvironment) -> list[dict[str, Any]]:
     return ledger.rows(_all_blocks(env), _all_claims(env), lambda block: _number(env, block))
 
 
-def _ledger_html(app: Sphinx, links: _Links) -> str:
+def _ledger_html(app: Sphinx, links: _Links, part: str) -> str:
     entries = _entries(app.env)
-    drawing = graph.draw(entries, links.href, links.name)
-    return (
-        f'<p class="ldyn-summary">{html.escape(ledger.summary(entries))}</p>{ledger.table(entries, links.html)}'
-        f'<h2 id="dependency-graph">What rests on what</h2>{drawing}'
-    )
+    if part == "table":
+        return ledger.table(entries, links.html)
+    if part == "graph":
+        return graph.draw(entries, links.href, links.name)
+    return f'<p class="ldyn-summary">{html.escape(ledger.summary(entries))}</p>'
 
 
 def _write_json(app: Sphinx, error: Exception | None) -> None:
