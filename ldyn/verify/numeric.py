@@ -49,7 +49,7 @@ def agreement(
         first, second = as_array(claimed(*case), "first route"), as_array(reference(*case), "second route")
         if first.shape != second.shape:
             result = f"shapes {first.shape} and {second.shape} differ"
-            return Finding("agrees", Verdict.FALSE, True, what, "1 case", result, 1)
+            return Finding("agrees", Verdict.FALSE, False, what, "1 case", result, 1)
         scale = max(_largest(first), _largest(second))
         if scale > 0:
             effective += 1

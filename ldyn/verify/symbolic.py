@@ -7,7 +7,6 @@ cannot pass silently.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,10 @@ import sympy as sp
 
 from .errors import Invalid, Verdict
 from .index import Where, contract, is_indexed, name_sums, unfold
+from .instances import evaluate
 
 WITNESS_MARGIN = 1e-6
 _INSTANCES = 6
-_DIGITS = 30
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ def decide_nonnegative(expr: Any, where: Where | None = None) -> Verdict:
     candidates = [shown, opened, sp.factor(opened)] if not is_indexed(opened) else [shown, opened]
     if any(_assumed_nonnegative(c) for c in candidates):
         return Verdict.TRUE
-    values = [v for v in _instances(opened, opened) if v is not None]
-    if any(value.real < -WITNESS_MARGIN * max(1.0, scale) for value, scale in values):
+    instances = [evaluate([opened], seed) for seed in range(_INSTANCES)]
+    if any(found is not None and found[0].real < -WITNESS_MARGIN for found in instances):
         return Verdict.FALSE
     return Verdict.UNKNOWN
 
@@ -93,13 +92,17 @@ def _decide_scalar(first: sp.Expr, second: sp.Expr) -> Decision:
         if side.has(sp.nan, sp.zoo, sp.oo, -sp.oo):
             raise Invalid(f"expected finite expressions, got {side}")
     proved = _is_zero(first - second)
-    found = [pair for pair in _instances(first - second, sp.Tuple(first, second)) if pair is not None]
-    witness = max((abs(value) / scale for value, scale in found), default=0.0)
+    instances = (evaluate([first - second, first, second], seed) for seed in range(_INSTANCES))
+    witness = max((_relative(*found) for found in instances if found is not None), default=0.0)
     if proved and witness > 1e-12:
         raise Invalid(f"algebra says equal, numbers say different by {witness:.1e}: {first} and {second}")
     if proved:
         return Decision(Verdict.TRUE, witness)
     return Decision(Verdict.FALSE if witness > WITNESS_MARGIN else Verdict.UNKNOWN, witness)
+
+
+def _relative(difference: complex, first: complex, second: complex) -> float:
+    return abs(difference) / max(abs(first), abs(second), 1e-9)
 
 
 def _is_zero(difference: sp.Expr) -> bool:
@@ -123,76 +126,6 @@ def _atoms_to_symbols(expr: sp.Expr) -> sp.Expr:
     atoms = sorted(expr.atoms(sp.Indexed, sp.KroneckerDelta), key=sp.srepr)
     names = {a: sp.Symbol(f"a{n}", real=True, positive=a.is_positive or None) for n, a in enumerate(atoms)}
     return expr.xreplace(names)
-
-
-def _instances(value: sp.Expr, scale: sp.Basic) -> list[tuple[complex, float] | None]:
-    """Evaluate at random points for several sizes of the symbolic dimensions."""
-    return [_instance(value, scale, seed) for seed in range(_INSTANCES)]
-
-
-def _instance(value: sp.Expr, scale: sp.Basic, seed: int) -> tuple[complex, float] | None:
-    rng = random.Random(seed)
-    table = _instance_table(sp.Tuple(value, scale), rng, size=2 + seed % 3)
-    parts = list(scale) if isinstance(scale, sp.Tuple) else [scale]
-    number = _evaluate(value, table)
-    sizes = [_evaluate(part, table) for part in parts]
-    if number is None or any(s is None for s in sizes):
-        return None
-    return number, max([abs(s) for s in sizes if s is not None] + [1e-9])
-
-
-def _evaluate(expr: sp.Expr, table: list[dict[sp.Basic, sp.Expr]]) -> complex | None:
-    sizes, components = table
-    result = expr.xreplace(sizes).doit()
-    result = result.replace(lambda e: isinstance(e, sp.Indexed), lambda e: _component(e, components))
-    try:
-        number = complex(result.xreplace(components).evalf(_DIGITS))
-    except (TypeError, ValueError):
-        return None
-    return number if number == number else None
-
-
-def _component(node: sp.Indexed, components: dict[sp.Basic, sp.Expr]) -> sp.Expr:
-    if node not in components:
-        seed = sum(ord(c) * 31**n for n, c in enumerate(sp.srepr(node))) + components[sp.Symbol("seed")]
-        components[node] = _draw(node, random.Random(int(seed)))
-    return components[node]
-
-
-def _instance_table(expr: sp.Basic, rng: random.Random, size: int) -> list[dict[sp.Basic, sp.Expr]]:
-    """Choose values: dimensions (upper limits of sums) first, then indices within them, then everything else."""
-    uppers = {limit[2] for node in expr.atoms(sp.Sum) for limit in node.limits}
-    sizes: dict[sp.Basic, sp.Expr] = {
-        u: sp.Integer(size + n) for n, u in enumerate(sorted(uppers, key=str)) if u.is_Symbol
-    }
-    used = {i for node in expr.atoms(sp.Indexed) for i in node.indices} | {
-        i for node in expr.atoms(sp.KroneckerDelta) for i in node.args
-    }
-    others: dict[sp.Basic, sp.Expr] = {sp.Symbol("seed"): sp.Integer(rng.randrange(10**6))}
-    for symbol in sorted(expr.free_symbols, key=str):
-        if not isinstance(symbol, sp.Symbol) or symbol in sizes:
-            continue
-        if symbol in used:
-            sizes[symbol] = sp.Integer(rng.randint(1, size))
-        else:
-            others[symbol] = _draw(symbol, rng)
-    return [sizes, others]
-
-
-def _draw(symbol: sp.Expr, rng: random.Random) -> sp.Expr:
-    """Draw a rational value that respects the assumptions on a symbol."""
-    if symbol.is_integer:
-        return (
-            sp.Integer(rng.randint(1, 5))
-            if symbol.is_positive or symbol.is_nonnegative
-            else sp.Integer(rng.randint(-4, 4))
-        )
-    value = sp.Rational(rng.randint(1, 400), 211)
-    if symbol.is_positive or symbol.is_nonnegative:
-        return value
-    if symbol.is_negative or symbol.is_nonpositive:
-        return -value
-    return value if rng.random() < 0.5 else -value
 
 
 def _shape(side: Any) -> tuple[int, ...]:
