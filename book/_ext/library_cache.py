@@ -1,0 +1,53 @@
+"""Executed cells are kept in a cache that belongs to one state of the library.
+
+The notebook cache knows a chapter's cells but not the code they call, so an edit of the library would leave
+stale results in print. Here the cache's folder is named after a hash of all that a cell's result rests on
+besides the cell: the library, the pinned packages, the interpreter. Another state of the library means
+another, empty folder, and every chapter is read and executed again; an edit of prose keeps the folder and
+executes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+KEPT = 3
+"""How many states of the library keep their cache, the current one included."""
+
+
+def library_hash(root: Path) -> str:
+    """Hash the library's files, the lock file and the interpreter's version."""
+    digest = hashlib.sha256(sys.version.split()[0].encode())
+    library = (path for path in (root / "ldyn").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    for path in [root / "requirements.lock", *sorted(library)]:
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def name_cache(app: Sphinx, config: Config) -> None:
+    """Point the notebook cache to the folder of this state of the library."""
+    state = library_hash(Path(app.srcdir))
+    caches = Path(app.outdir).parent / "cells"
+    current = caches / state
+    current.mkdir(parents=True, exist_ok=True)
+    current.touch()
+    by_age = sorted((path for path in caches.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    for old in by_age[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    config["nb_execution_cache_path"] = str(current)
+    config["library_hash"] = state
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    # A changed value of an "env" setting has Sphinx read every page again.
+    app.add_config_value("library_hash", "", "env", types=(str,))
+    app.connect("config-inited", name_cache)
+    return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}
