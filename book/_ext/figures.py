@@ -1,9 +1,10 @@
 """Figures drawn by a chapter's cells become part of the page, in the page's ink.
 
 Notebooks draw SVG in one ink on white (`ldyn.plots`). Here each drawing is written into the HTML itself:
-its ink becomes the text colour of the page and its white the page's ground, so that it reads in the light
-and in the dark; its ids are made unique; it carries the cell's alternative text. A figure without
-alternative text or caption is a warning (and so, in this book's build, an error).
+its ink becomes the text colour of the page, its white the page's ground, and each colour of the palette a
+style sheet's variable, so that it reads in the light and in the dark; its ids are made unique; it carries
+the cell's alternative text. A figure without alternative text or caption is a warning (and so, in this
+book's build, an error).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
 
-from ldyn.plots import INK
+from ldyn.plots import INK, PALETTE
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ def inline_svg(source: str, *, prefix: str, label: str) -> str:
     body = body.replace('href="#', f'href="#{prefix}').replace("url(#", f"url(#{prefix}")
     body = re.sub(re.escape(INK), "currentColor", body, flags=re.IGNORECASE)
     body = re.sub(r"#ffffff\b|(?<=: )white\b", "var(--figure-ground)", body, flags=re.IGNORECASE)
+    for name, colour in PALETTE.items():
+        body = re.sub(re.escape(colour), f"var(--figure-{name})", body, flags=re.IGNORECASE)
     size = float(width[1]) * PIXELS_PER_POINT
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '

@@ -43,6 +43,12 @@ def add_buttons(
     )
 
 
+def name_citations(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Call the entries of a list of works list items: the role they get is withdrawn and hides them."""
+    if "body" in context:
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 def executed(app: Sphinx, pagename: str) -> Path:
     """Say where the executed notebook of a page lies, if the page has cells."""
     return Path(app.outdir).parent / "jupyter_execute" / f"{pagename}.ipynb"
@@ -64,5 +70,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     # jupyter-book passes this setting also where its extension, which this book does not use, is not loaded.
     app.add_config_value("comments_config", {}, "")
     app.connect("html-page-context", add_buttons, priority=501)
+    app.connect("html-page-context", name_citations)
     app.connect("build-finished", write_notebooks)
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}

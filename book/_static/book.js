@@ -1,7 +1,7 @@
 // What is wider than its place scrolls inside itself; only then does it need to be reached by the keyboard.
 (() => {
   const selector = [
-    ".katex-display", ".bd-article pre", ".drawing", ".ldyn-evidence", ".ldyn-scroll", ".ldyn-ledger-scroll",
+    ".katex-display", ".bd-article pre", ".drawing", ".ldyn-evidence", ".ldyn-scroll",
     ".pst-scrollable-table-container", ".cell_output .text_html",
   ].join(", ");
   const names = [[".katex-display", "wide formula"], ["pre", "code"], [".drawing", "figure"]];

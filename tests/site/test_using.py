@@ -1,0 +1,145 @@
+"""What a reader does: open the evidence, unfold a solution, turn on the dark, search, take a notebook along."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import nbformat
+import pytest
+from playwright.sync_api import Locator
+
+from .conftest import SITE, Open
+
+FOLDED = "details.ldyn-badge, details.admonition"
+LEDGER = SITE / "ledger.json"
+
+
+def is_open(details: Locator) -> bool:
+    return bool(details.evaluate("element => element.open"))
+
+
+def test_evidence_and_solutions_open_by_click_and_by_keyboard(visit: Open, chapter: str) -> None:
+    with visit(chapter) as seen:
+        folded = seen.page.locator(FOLDED)
+        if folded.count() == 0:
+            pytest.skip("nothing to unfold on this page")
+        assert not any(is_open(details) for details in folded.all())
+        for details in folded.all():
+            summary = details.locator("> summary")
+            assert summary.inner_text().strip()
+            inside = details.locator("> :not(summary)").first
+            assert not inside.is_visible()
+            summary.click()
+            assert is_open(details) and inside.is_visible()
+            summary.click()
+            assert not is_open(details)
+            summary.focus()
+            seen.page.keyboard.press("Enter")
+            assert is_open(details) and inside.is_visible()
+            seen.page.keyboard.press("Space")
+            assert not is_open(details)
+
+
+def test_every_statement_has_its_badge(visit: Open, chapter: str) -> None:
+    stated = [row["label"] for row in json.loads(LEDGER.read_text()) if f"{row['page']}.html" == chapter]
+    with visit(chapter) as seen:
+        badges = seen.page.locator("details.ldyn-badge")
+        holders = badges.evaluate_all("list => list.map(badge => badge.parentElement.id)")
+        assert sorted(holders) == sorted(stated)
+        for badge in badges.all():
+            title = badge.locator("xpath=preceding-sibling::*[1]")
+            assert "admonition-title" in title.get_attribute("class")
+            across, beside = title.bounding_box(), badge.locator("> summary").bounding_box()
+            assert beside["x"] > across["x"] + 100 and abs(beside["y"] - across["y"]) < 12
+
+
+def test_dark_and_light(visit: Open, chapter: str) -> None:
+    colours = """() => {
+      const drawn = document.querySelector('.drawing svg');
+      const inked = drawn && [...drawn.querySelectorAll('path, g, use')].find(
+        e => /currentcolor/i.test(e.getAttribute('style') || ''));
+      const style = inked && getComputedStyle(inked);
+      const solid = inked && (/stroke: *currentcolor/i.test(inked.getAttribute('style')) ? style.stroke : style.fill);
+      return [getComputedStyle(document.body).backgroundColor,
+              getComputedStyle(document.querySelector('article p')).color, solid];
+    }"""
+    with visit(chapter) as seen:
+        light = seen.page.evaluate(colours)
+        button = seen.page.locator(".theme-switch-button:visible").first
+        for _ in range(3):
+            if seen.page.locator("html").get_attribute("data-theme") == "dark":
+                break
+            button.click()
+        dark = seen.page.evaluate(colours)
+        assert luminance(light[0]) > 200 > 80 > luminance(light[1])
+        assert luminance(dark[0]) < 60 < 160 < luminance(dark[1])
+        if light[2] is not None:
+            assert luminance(light[2]) < 80
+            assert luminance(dark[2]) > 160
+        seen.page.reload()
+        assert seen.page.locator("html").get_attribute("data-theme") == "dark"
+
+
+def luminance(colour: str) -> float:
+    red, green, blue = map(float, re.findall(r"[\d.]+", colour)[:3])
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_figures_say_what_they_show(visit: Open, chapter: str) -> None:
+    with visit(chapter) as seen:
+        for drawing in seen.page.locator(".drawing svg").all():
+            assert drawing.get_attribute("role") == "img"
+            assert len(drawing.get_attribute("aria-label")) > 20
+            assert len(drawing.locator("xpath=ancestor::figure//figcaption").inner_text()) > 20
+
+
+def test_search_finds_every_statement(visit: Open) -> None:
+    statements = [row for row in json.loads(LEDGER.read_text()) if row["title"]]
+    assert statements
+    with visit("search.html") as seen:
+        for row in statements:
+            words = re.findall(r"[A-Za-z]{4,}", re.sub(r"\$[^$]*\$|\\\w+", " ", row["title"]))
+            seen.page.goto(seen.page.url.split("?")[0] + "?q=" + "+".join(words))
+            seen.page.locator("#search-results .search-summary, #search-results p").first.wait_for()
+            result = seen.page.locator(f"#search-results a[href*='{row['page']}.html']")
+            result.first.wait_for(timeout=5000)
+        assert seen.complaints == []
+
+
+def test_a_search_starts_from_any_page(visit: Open, chapter: str) -> None:
+    with visit(chapter) as seen:
+        seen.page.keyboard.press("Control+k")
+        field = seen.page.locator("#search-input:visible")
+        field.wait_for()
+        field.fill("theorem")
+        field.press("Enter")
+        seen.page.wait_for_url("**/search.html?q=theorem**")
+
+
+def test_the_ledger_is_one_click_away(visit: Open, path: str) -> None:
+    with visit(path) as seen:
+        assert seen.page.locator("nav a[href$='ledger.html'], nav li.current a").count() > 0
+
+
+def test_the_ledger_page_and_the_json_agree(visit: Open) -> None:
+    entries = {row["label"]: row for row in json.loads(LEDGER.read_text())}
+    with visit("book/ledger.html") as seen:
+        rows = seen.page.locator("table.ldyn-ledger tbody tr")
+        shown = rows.evaluate_all("rows => rows.map(row => [row.id.replace('ledger-', ''), row.className])")
+        assert [label for label, _ in shown] == list(entries)
+        for label, css in shown:
+            assert css == f"ldyn-{entries[label]['status']}"
+        assert seen.page.locator("svg.ldyn-graph a").count() == len(entries)
+
+
+def test_a_chapter_can_be_taken_along(visit: Open, chapter: str) -> None:
+    with visit(chapter) as seen:
+        link = seen.page.locator("a.btn-download-notebook-button")
+        target = link.evaluate("element => element.href").split("/notebooks/")[1]
+    notebook = nbformat.read(SITE / "notebooks" / target, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and all(cell.execution_count for cell in code)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert not re.search(r"^\s*[`:]{3,}\s*\{|\{[\w:-]+\}`|^\([\w-]+\)=", prose, re.MULTILINE)
