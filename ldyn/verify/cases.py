@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -68,9 +68,11 @@ def as_array(value: Any, route: str) -> Array:
         A float64 array.
 
     Raises:
-        Invalid: If it holds NaN or infinity, or is not numeric.
+        Invalid: If it holds NaN or infinity, is complex or is not numeric.
     """
     plain = value.detach().cpu().numpy() if hasattr(value, "detach") else value
+    if np.iscomplexobj(plain):
+        raise Invalid(f"{route}: expected real numbers, got complex ones")
     try:
         array = np.asarray(plain, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -102,12 +104,24 @@ def same_route(first: Any, second: Any) -> bool:
 
 
 def _fingerprint(function: FunctionType) -> tuple[Any, ...]:
-    code = function.__code__
-    captured = tuple(id(cell.cell_contents) for cell in function.__closure__ or ())
-    used = tuple(id(function.__globals__.get(name)) for name in code.co_names)
-    constants = tuple(repr(c) for c in code.co_consts if not hasattr(c, "co_code"))
-    defaults = repr(function.__defaults__)
-    return code.co_code, constants, code.co_names, captured, used, defaults
+    captured = tuple(_identity(cell.cell_contents) for cell in function.__closure__ or ())
+    names = _code_fingerprint(function.__code__)[2]
+    used = tuple(_identity(function.__globals__.get(name)) for name in names)
+    defaults = repr((function.__defaults__, function.__kwdefaults__))
+    return _code_fingerprint(function.__code__), captured, used, defaults
+
+
+def _code_fingerprint(code: CodeType) -> tuple[Any, ...]:
+    """Return what a code object does, and the global names that it or a function inside it uses."""
+    inner = [_code_fingerprint(c) for c in code.co_consts if isinstance(c, CodeType)]
+    constants = tuple(repr(c) for c in code.co_consts if not isinstance(c, CodeType))
+    names = (*code.co_names, *(name for nested in inner for name in nested[2]))
+    return code.co_code, constants, names, tuple(inner)
+
+
+def _identity(value: Any) -> Any:
+    """Return a number or a text itself, and of anything else which object it is."""
+    return (type(value), value) if isinstance(value, (bool, int, float, str)) else id(value)
 
 
 def require_two_routes(first: Any, second: Any) -> None:

@@ -254,8 +254,11 @@ class Claim:
             VerificationError: If the check cannot be carried out on it.
             Invalid: If it gives NaN or raises: a control must be a well-formed near miss.
         """
+        self._require_open()
         if not what.strip():
             raise Invalid("what: expected what is wrong with the form, got an empty text")
+        if against is not None and against not in self._checks:
+            raise Invalid(f"against: expected a check of claim {self.label}, got one that is not")
         wants_symbolic = not callable(wrong)
         fitting = [check for check in self._checks if check.symbolic == wants_symbolic]
         if against is None and not fitting:
@@ -274,11 +277,14 @@ class Claim:
         self._controls.append({"what": what, "kind": finding.kind, "result": finding.result, "erratum": erratum})
 
     def _accept(self, repeat: Callable[[Any], Finding], claimed: Any, *, symbolic: bool = False) -> Check:
-        if self._closed:
-            raise Invalid(f"claim {self.label}: expected checks inside the with block, got one after it")
+        self._require_open()
         check = Check(repeat(claimed).require(), repeat, symbolic)
         self._checks.append(check)
         return check
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise Invalid(f"claim {self.label}: expected evidence inside the with block, got some after it")
 
     def _require_complete(self) -> None:
         kinds = [check.finding.kind for check in self._checks]

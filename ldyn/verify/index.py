@@ -144,8 +144,17 @@ def unfold(expr: sp.Expr, where: Where | None = None) -> sp.Expr:
         )
         result = result.xreplace({k: sp.sympify(v) for k, v in definitions.items() if isinstance(k, sp.Symbol)})
         if result == before:
-            return result.replace(lambda e: isinstance(e, partial), lambda e: e.doit())
+            return _private(result).replace(lambda e: isinstance(e, partial), lambda e: e.doit())
     raise Invalid("where: expected definitions that end, got a circular one")
+
+
+def _private(expr: sp.Expr) -> sp.Expr:
+    """Give every sum bound variables of its own: a named one would capture the index that one differentiates by."""
+
+    def rename(node: sp.Sum) -> sp.Sum:
+        return node.xreplace({old: sp.Dummy(old.name, integer=True, positive=True) for old, *_ in node.limits})
+
+    return expr.replace(lambda e: isinstance(e, sp.Sum), rename)
 
 
 def is_indexed(expr: sp.Expr) -> bool:
@@ -202,7 +211,7 @@ def _apply_deltas(product: sp.Expr) -> sp.Expr:
         if not isinstance(factor, sp.KroneckerDelta):
             continue
         keep, drop = sorted(factor.args, key=lambda index: (not index.is_number, index.sort_key()))
-        if drop.is_Symbol:
+        if drop.is_Symbol and drop not in keep.free_symbols:
             rest = [f.subs(drop, keep) for n, f in enumerate(factors) if n != position and f != factor]
             return sp.Mul(factor, *([_apply_deltas(sp.Mul(*rest))] if rest else []))
     return product
@@ -211,9 +220,13 @@ def _apply_deltas(product: sp.Expr) -> sp.Expr:
 def _contract_sum(node: sp.Sum) -> sp.Expr:
     """Sum term by term: constants leave, a delta eats the sum, the rest stays with a canonical bound variable."""
     inner = node.function
+    bounds = {bound for bound, *_ in node.limits}
     for bound, lower, upper in node.limits:
         if lower != 1:
             raise Invalid(f"contract: expected sums that start at 1, got a lower limit of {lower}")
+        inside = {symbol for sub in inner.atoms(sp.Sum) for limit in sub.limits for symbol in limit[2].free_symbols}
+        if bounds & upper.free_symbols or bound in inside:
+            raise Invalid(f"contract: expected an upper limit free of summation indices, got a sum over {bound}")
         summand = sp.expand(_contract_once(sp.expand(inner)))
         inner = sp.Add(*(_sum_term(term, bound, upper) for term in sp.Add.make_args(summand)))
     return inner
@@ -227,6 +240,8 @@ def _sum_term(term: sp.Expr, bound: sp.Symbol, upper: sp.Expr) -> sp.Expr:
     for position, factor in enumerate(varying):
         if isinstance(factor, sp.KroneckerDelta) and bound in factor.args:
             other = factor.args[1] if factor.args[0] == bound else factor.args[0]
+            if bound in other.free_symbols:
+                raise Invalid(f"contract: expected deltas of two indices, got {factor} summed over {bound}")
             rest = sp.Mul(*varying[:position], *varying[position + 1 :])
             return sp.Mul(*constant, rest.subs(bound, other))
     if not varying:

@@ -51,7 +51,7 @@ def inequality(
 
     Raises:
         Vacuous: If both routes are one, or no case is effective.
-        Invalid: If a route gives NaN or infinity, or the bound is negative.
+        Invalid: If a route gives NaN or infinity on a case, or the bound is negative there or in the search.
     """
     require_two_routes(value, bound)
 
@@ -85,13 +85,17 @@ def _judge(largest: float, effective: int, sharp: float | None, what: str, searc
 def _ratio(value: Array, bound: Array, atol: float) -> float:
     """Return the largest ratio over entries, minus infinity where every bound is within rounding of zero."""
     value, bound = np.broadcast_arrays(value, bound)
-    if np.any(bound < 0):
-        raise Invalid(f"bound: expected nonnegative values, got {float(bound.min())}")
+    if np.any(bound < -10 * atol):
+        raise _NegativeBoundError(f"bound: expected nonnegative values, got {float(bound.min()):.1e}")
     excess = value - atol
     if np.any((bound <= 10 * atol) & (excess > 10 * atol)):
         return math.inf
     counted = bound > 10 * atol
     return float(np.max(excess[counted] / bound[counted])) if np.any(counted) else -math.inf
+
+
+class _NegativeBoundError(Invalid):
+    """The bound is negative somewhere: it is wrong there, or `project` must keep the search away."""
 
 
 class _BrokenError(Exception):
@@ -112,6 +116,8 @@ def _climb(ratio: Callable[[Case], float], start: Case, project: Callable[[Case]
         case = rebuild(np.asarray(moved, dtype=np.float64))
         try:
             found = ratio(project(case) if project else case)
+        except _NegativeBoundError:
+            raise
         except (ValueError, ArithmeticError):
             return math.inf  # outside the domain of the statement: not a place to look
         if found > best:

@@ -129,6 +129,8 @@ def _incomplete(claims: Sequence[Placed]) -> list[str]:
             found.append(f"{name} has no numeric check")
         if not record["controls"]:
             found.append(f"{name} has no negative control")
+        if record["status"] != ("proved" if "proves" in kinds else "checked"):
+            found.append(f"{name} says {record['status']}, which its evidence does not")
     return found
 
 

@@ -140,8 +140,6 @@ def _collect(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def _block(node: nodes.Element, page: str, position: int) -> dict[str, Any]:
-    for section in node.findall(nodes.section):
-        section["ids"] = []  # every block would carry the same one
     title = next((t.astext() for t in node.findall(nodes.title)), "").strip().removeprefix("(").removesuffix(")")
     kind = str(node["realtype"])
     return {"label": node["label"], "kind": kind, "title": title, "page": page, "position": position}
@@ -281,7 +279,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("env-merge-info", _merge)
     app.connect("doctree-read", _collect)
     app.connect("env-updated", _ledger_pages)
-    app.connect("env-check-consistency", _gate)
+    app.connect("env-updated", _gate)  # before Sphinx stores what it read, so that a second build fails as well
     app.connect("doctree-resolved", _write_evidence)
     app.connect("build-finished", _write_json)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

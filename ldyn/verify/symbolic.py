@@ -16,7 +16,7 @@ from .errors import Invalid, Verdict
 from .index import Where, contract, is_indexed, name_sums, unfold
 from .instances import evaluate
 
-WITNESS_MARGIN = 1e-6
+WITNESS_MARGIN = 1e-9
 _INSTANCES = 6
 
 
@@ -67,12 +67,10 @@ def decide_nonnegative(expr: Any, where: Where | None = None) -> Verdict:
     shown = sp.sympify(expr)
     opened = unfold(shown, where)
     candidates = [shown, opened, sp.factor(opened)] if not is_indexed(opened) else [shown, opened]
-    if any(_assumed_nonnegative(c) for c in candidates):
-        return Verdict.TRUE
     instances = [evaluate([opened], seed) for seed in range(_INSTANCES)]
     if any(found is not None and found[0].real < -WITNESS_MARGIN for found in instances):
-        return Verdict.FALSE
-    return Verdict.UNKNOWN
+        return Verdict.FALSE  # numbers first: an assumption on a name may contradict its definition
+    return Verdict.TRUE if any(_assumed_nonnegative(c) for c in candidates) else Verdict.UNKNOWN
 
 
 def _assumed_nonnegative(expr: sp.Expr) -> bool:
