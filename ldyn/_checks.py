@@ -74,9 +74,7 @@ def require_tensor(value: object, name: str, *, ndim: int | None = None, min_ndi
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name}: expected a tensor with {ndim} dimension(s), got {describe(value)}")
     if value.ndim < min_ndim:
-        raise ValueError(
-            f"{name}: expected a tensor with at least {min_ndim} dimension(s), got {describe(value)}"
-        )
+        raise ValueError(f"{name}: expected a tensor with at least {min_ndim} dimension(s), got {describe(value)}")
     return value
 
 
@@ -132,9 +130,7 @@ def require_finite(value: Tensor, name: str) -> Tensor:
     finite = torch.isfinite(value.detach())
     if known_truth(finite.all()) is False:
         count = int((~finite).sum())
-        raise ValueError(
-            f"{name}: expected finite values, got {describe(value)} with {count} NaN or infinite value(s)"
-        )
+        raise ValueError(f"{name}: expected finite values, got {describe(value)} with {count} NaN or infinite value(s)")
     return value
 
 
@@ -237,9 +233,7 @@ def require_probabilities(value: object, name: str, *, atol: float | None = None
         raise ValueError(f"{name}: expected probabilities, got the negative entry {float(frozen.min()):.6g}")
     off = (frozen.sum(-1) - 1).abs().amax()
     if known_truth(off <= tolerance) is False:
-        raise ValueError(
-            f"{name}: expected probabilities that sum to 1, got a sum that is off by {float(off):.6g}"
-        )
+        raise ValueError(f"{name}: expected probabilities that sum to 1, got a sum that is off by {float(off):.6g}")
     return tensor
 
 

