@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from myst_nb.core.execute.cache import NotebookClientCache
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -46,8 +48,25 @@ def name_cache(app: Sphinx, config: Config) -> None:
     config["library_hash"] = state
 
 
+def fill_from_cache(start: Callable[[NotebookClientCache], None]) -> Callable[[NotebookClientCache], None]:
+    """Have a notebook that is found in the cache keep its identity, so that its outputs are written out too.
+
+    MyST-NB renders the cached copy but writes the notebook it was given, which would then be empty.
+    """
+
+    def start_client(client: NotebookClientCache) -> None:
+        given = client.notebook
+        start(client)
+        if client.notebook is not given:
+            given.update(client.notebook)
+            client._notebook = given
+
+    return start_client
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     # A changed value of an "env" setting has Sphinx read every page again.
     app.add_config_value("library_hash", "", "env", types=(str,))
     app.connect("config-inited", name_cache)
+    NotebookClientCache.start_client = fill_from_cache(NotebookClientCache.start_client)
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}

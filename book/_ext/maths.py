@@ -7,6 +7,7 @@ a warning with the place it stands at (and so, in this book's build, an error), 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from functools import cache
 from html import escape
@@ -16,6 +17,7 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.locale import _
+from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
 from sphinxcontrib import katex
@@ -98,8 +100,24 @@ def visit_block(translator: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+class MathematicsInTitles(SphinxPostTransform):
+    """Typeset the formulas that stand between dollars in the titles of cited works."""
+
+    default_priority = 400
+    formats = ("html",)
+
+    def run(self, **kwargs: Any) -> None:
+        for citation in self.document.findall(nodes.citation):
+            for text in [node for node in citation.findall(nodes.Text) if node.count("$") >= 2]:
+                pieces = re.split(r"\$([^$]+)\$", text)
+                for place, piece in enumerate(pieces):
+                    pieces[place] = nodes.math("", piece) if place % 2 else nodes.Text(piece)
+                text.parent.replace(text, pieces)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     # The extension brings KaTeX itself and its style sheet's setting; the formulas are rendered here.
     app.setup_extension("sphinxcontrib.katex")
+    app.add_post_transform(MathematicsInTitles)
     app.add_html_math_renderer("built", (visit_inline, None), (visit_block, None))
     return {"version": "1.1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def skip_fields(app: Sphinx, what: str, name: str, member: Any, skip: bool, opti
     return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+def keep_bars(app: Sphinx, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
+    """Have |x| in a docstring mean an absolute value, not a substitution; code in backticks stays as it is."""
+    for number, line in enumerate(lines):
+        parts = re.split(r"(`+[^`]*`+)", line)
+        lines[number] = "".join(part if part.startswith("`") else part.replace("|", r"\|") for part in parts)
+
+
 def executed(app: Sphinx, pagename: str) -> Path:
     """Say where the executed notebook of a page lies, if the page has cells."""
     return Path(app.outdir).parent / "jupyter_execute" / f"{pagename}.ipynb"
@@ -77,5 +85,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", add_buttons, priority=501)
     app.connect("html-page-context", name_citations)
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-process-docstring", keep_bars)
     app.connect("build-finished", write_notebooks)
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}

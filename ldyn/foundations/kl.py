@@ -42,7 +42,7 @@ class KLBounds(NamedTuple):
         lower: Var_p(Δ) (e^{−R} − 1 + R)/R², a lower bound.
         upper: Var_p(Δ) (e^{R} − 1 − R)/R², an upper bound, or `range_bound` where that is smaller.
         range_bound: R²/8, an upper bound that needs no p.
-        third_order: R³/(36√3), an upper bound of |KL(p‖p′) − quadratic|.
+        third_order: R³/(36√3), an upper bound of abs(KL(p‖p′) − quadratic).
     """
 
     quadratic: Tensor

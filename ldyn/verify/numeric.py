@@ -80,7 +80,7 @@ def convergence(
         approximation: Maps a step h and a case to the approximation.
         exact: Maps the same to the exact value.
         cases: Arguments that follow h.
-        order: The claimed order p of |approximation − exact| = O(h^p).
+        order: The claimed order p: the distance of approximation and exact value is O(h^p).
         steps: The steps h, from large to small.
         magnitude: Size of the largest intermediate value, if it exceeds that of the result.
         what: The statement, in a few words.

@@ -11,7 +11,12 @@ from .conftest import SITE, Open, pages
 
 TYPESET_LIMIT = 1500  # milliseconds
 RAW_TEX = re.compile(r"\$[^$\n]{1,200}\$|\\[\[\](]|\\(?:frac|sum|mathbb|operatorname|Sigma|Delta|begin|text)\b")
-OPEN_ALL = "document.querySelectorAll('details').forEach(element => { element.open = true })"
+OPEN_ALL = """() => {
+  const all = document.createElement('style');
+  all.textContent = 'section { content-visibility: visible !important }';
+  document.head.append(all);
+  document.querySelectorAll('details').forEach(element => { element.open = true });
+}"""
 PROSE = """() => {
   const copy = document.querySelector('article').cloneNode(true);
   copy.querySelectorAll('.katex, code, pre, script, style, svg').forEach(element => element.remove());
@@ -54,6 +59,7 @@ def test_mathematics_is_typeset(visit: Open, path: str) -> None:
         assert seen.page.locator(".katex-html").evaluate_all(empty) == 0
 
 
+@pytest.mark.timing
 def test_mathematics_is_complete_in_time(visit: Open, chapter: str) -> None:
     def complete() -> float:
         with visit(chapter) as seen:
@@ -86,7 +92,9 @@ def test_accessibility(visit: Open, path: str, scheme: str, width: int) -> None:
     with visit(path, scheme=scheme, width=width) as seen:
         seen.page.evaluate(OPEN_ALL)
         seen.page.wait_for_timeout(100)
-        found = Axe().run(seen.page).response["violations"]
+        # The drawn half of a formula is hidden from assistive technology and has the colour of the text around it.
+        context = {"exclude": [[".katex-html"], [".drawing svg > *"]]}
+        found = Axe().run(seen.page, context=context).response["violations"]
         grave = [
             f"{rule['id']} ({rule['impact']}): {node['html'][:160]} {node['failureSummary']}"
             for rule in found
@@ -120,6 +128,7 @@ def test_the_column_holds_a_comfortable_line(visit: Open, chapter: str) -> None:
       return lengths;
     }"""
     with visit(chapter) as seen:
+        seen.page.evaluate(OPEN_ALL)
         lengths = seen.page.evaluate(count)
     if not lengths:
         pytest.skip("no long paragraph without formulas on this page")
