@@ -128,7 +128,7 @@ class Claim:
 
         def repeat(form: Any) -> Finding:
             decision = decide_equal(form, reference, where)
-            difference = f"differs at an instance, relatively by {at_least(decision.witness)}"
+            difference = f"differs at an instance, relatively by at least {at_least(decision.witness)}"
             result = {Verdict.TRUE: "difference exactly zero", Verdict.FALSE: difference}.get(
                 decision.verdict, "undecided"
             )

@@ -55,9 +55,9 @@ def at_most(error: float) -> str:
         error: A finite error, at least 0.
 
     Returns:
-        For example ``"1e-15"``; ``"0"`` for an exact zero.
+        For example ``"10⁻¹⁵"`` or ``"0.1"``; ``"0"`` for an exact zero.
     """
-    return "0" if error == 0 else f"1e{math.ceil(math.log10(error) - 1e-9)}"
+    return "0" if error == 0 else _power_of_ten(math.ceil(math.log10(error) - 1e-9))
 
 
 def at_least(error: float) -> str:
@@ -67,9 +67,9 @@ def at_least(error: float) -> str:
         error: A finite error, at least 0.
 
     Returns:
-        For example ``"1e-3"``; ``"0"`` for an exact zero.
+        For example ``"10⁻⁷"`` or ``"0.1"``; ``"0"`` for an exact zero.
     """
-    return "0" if error == 0 else f"1e{math.floor(math.log10(error) + 1e-9)}"
+    return "0" if error == 0 else _power_of_ten(math.floor(math.log10(error) + 1e-9))
 
 
 def truncated(value: float, digits: int = 3) -> str:
@@ -84,3 +84,9 @@ def truncated(value: float, digits: int = 3) -> str:
     """
     factor = 10**digits
     return f"{math.floor(value * factor + 1e-9) / factor:.{digits}f}"
+
+
+def _power_of_ten(exponent: int) -> str:
+    if -3 <= exponent <= 3:
+        return f"{10.0**exponent:g}"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -1,4 +1,9 @@
-"""The dependency graph of the book's statements, drawn as an SVG that needs no script."""
+"""The dependency graph of the book's statements, drawn as an SVG that needs no script.
+
+Statements stand in columns, by how many steps lie between them and those that rest on nothing. An arrow that
+crosses a column passes through a stop of its own there, so that it never runs through another statement; arrows
+from one statement share their stops.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-_COLUMN, _ROW, _WIDTH, _HEIGHT, _MARGIN = 230, 34, 190, 24, 8
+_COLUMN, _ROW, _STOP, _WIDTH, _HEIGHT, _MARGIN = 225, 34, 14, 185, 24, 8
+
+Uses = Mapping[str, Sequence[str]]
+Point = tuple[int, int]
+Stop = tuple[str, int]
+"""A statement and the column that arrows from it cross."""
 
 
-def depths(uses: Mapping[str, Sequence[str]]) -> dict[str, int]:
+def depths(uses: Uses) -> dict[str, int]:
     """Return how many steps each statement stands above those that rest on nothing.
 
     Args:
@@ -28,28 +38,44 @@ def depths(uses: Mapping[str, Sequence[str]]) -> dict[str, int]:
     return {label: depth(label) for label in uses}
 
 
-def places(uses: Mapping[str, Sequence[str]]) -> dict[str, tuple[int, int]]:
-    """Place each statement in a column by depth, near the statements that it rests on.
+def places(uses: Uses) -> tuple[dict[str, Point], dict[Stop, Point]]:
+    """Place each statement, and each stop of an arrow, level with the statements that it comes from.
 
     Args:
-        uses: For each label the labels it rests on.
+        uses: For each label the labels it rests on; without circles.
 
     Returns:
-        Column and row of each label.
+        The upper left corner of each statement, and the point of each stop, in pixels.
     """
     level = depths(uses)
-    placed: dict[str, tuple[int, int]] = {}
+    before = {label: [name for name in uses[label] if name in uses] for label in uses}
+    reach = {name: max((level[label] for label in uses if name in before[label]), default=0) for name in uses}
+    nodes: dict[str, Point] = {}
+    stops: dict[Stop, Point] = {}
+
+    def height(name: str, column: int) -> int:
+        """Return where the arrow from a statement enters a column."""
+        return stops[name, column][1] if (name, column) in stops else nodes[name][1] + _HEIGHT // 2
+
     for column in range(max(level.values(), default=-1) + 1):
-        members = [label for label in uses if level[label] == column]
-        order = {label: n for n, label in enumerate(members)}
-        members.sort(key=lambda label: (_mean_row(uses[label], placed), order[label]))
-        placed.update({label: (column, row) for row, label in enumerate(members)})
-    return placed
-
-
-def _mean_row(labels: Sequence[str], placed: Mapping[str, tuple[int, int]]) -> float:
-    found = [placed[label][1] for label in labels if label in placed]
-    return sum(found) / len(found) if found else 0.0
+        wanted: list[tuple[float, int, str | Stop]] = []
+        for number, label in enumerate(uses):
+            if level[label] == column:
+                heights = [height(name, column - 1) for name in before[label]]
+                wanted.append((sum(heights) / len(heights) if heights else 0.0, number, label))
+            elif level[label] < column < reach[label]:
+                wanted.append((float(height(label, column - 1)), number, (label, column)))
+        x, y = _MARGIN + column * _COLUMN, _MARGIN
+        for desired, _, item in sorted(wanted, key=lambda entry: entry[:2]):
+            if isinstance(item, str):
+                y = max(y, int(desired) - _HEIGHT // 2)
+                nodes[item] = (x, y)
+                y += _ROW
+            else:
+                y = max(y, int(desired) - _STOP // 2)
+                stops[item] = (x, y + _STOP // 2)
+                y += _STOP
+    return nodes, stops
 
 
 def draw(entries: Sequence[Mapping[str, Any]], href: Callable[[str], str], name: Callable[[str], str]) -> str:
@@ -65,38 +91,47 @@ def draw(entries: Sequence[Mapping[str, Any]], href: Callable[[str], str], name:
     """
     uses = {entry["label"]: list(entry["uses"]) for entry in entries}
     status = {entry["label"]: entry["status"] for entry in entries}
-    placed = places(uses)
-    columns = max((c for c, _ in placed.values()), default=0) + 1
-    height = (max((r for _, r in placed.values()), default=0) + 1) * _ROW + 2 * _MARGIN
-    width = (columns - 1) * _COLUMN + _WIDTH + 2 * _MARGIN
-    edges = "".join(_edge(placed[used], placed[label]) for label in uses for used in uses[label] if used in placed)
-    nodes = "".join(_node(label, placed[label], status[label], href(label), name(label)) for label in uses)
+    nodes, stops = places(uses)
+    width = max((x for x, _ in nodes.values()), default=0) + _WIDTH + _MARGIN
+    height = max((y for _, y in [*nodes.values(), *stops.values()]), default=0) + _HEIGHT + _MARGIN
+    edges = "".join(
+        _edge(nodes[used], _stops_between(used, nodes[label], stops), nodes[label])
+        for label in uses
+        for used in uses[label]
+        if used in nodes
+    )
+    boxes = "".join(_node(label, nodes[label], status[label], href(label), name(label)) for label in uses)
     return (
         '<div class="ldyn-scroll" role="region" aria-label="Dependency graph" tabindex="0">'
         f'<svg class="ldyn-graph" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="group" '
         'aria-label="Which statement rests on which; arrows lead from a statement to those that use it">'
         '<defs><marker id="ldyn-arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         'orient="auto"><path d="M0 0L8 4L0 8z" fill="currentColor"/></marker></defs>'
-        f'<g class="ldyn-edges">{edges}</g><g class="ldyn-nodes">{nodes}</g></svg></div>'
+        f'<g class="ldyn-edges">{edges}</g><g class="ldyn-nodes">{boxes}</g></svg></div>'
     )
 
 
-def _corner(place: tuple[int, int]) -> tuple[int, int]:
-    return _MARGIN + place[0] * _COLUMN, _MARGIN + place[1] * _ROW
+def _stops_between(name: str, end: Point, stops: Mapping[Stop, Point]) -> list[Point]:
+    """Return the stops of an arrow from a statement, in order, before the column of its end."""
+    return sorted(point for (source, _), point in stops.items() if source == name and point[0] < end[0])
 
 
-def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
-    (x0, y0), (x1, y1) = _corner(start), _corner(end)
-    x0, y0, y1 = x0 + _WIDTH, y0 + _HEIGHT // 2, y1 + _HEIGHT // 2
-    bend = (x1 - x0) // 2
-    return (
-        f'<path d="M{x0} {y0}C{x0 + bend} {y0} {x1 - bend} {y1} {x1} {y1}" fill="none" stroke="currentColor" '
-        'marker-end="url(#ldyn-arrow)"/>'
-    )
+def _edge(start: Point, through: Sequence[Point], end: Point) -> str:
+    """Draw an arrow: a bend between columns, a straight line across each."""
+    x, y = start[0] + _WIDTH, start[1] + _HEIGHT // 2
+    path = f"M{x} {y}"
+    for target_x, target_y in [*through, (end[0], end[1] + _HEIGHT // 2)]:
+        bend = (target_x - x) // 2
+        path += f"C{x + bend} {y} {target_x - bend} {target_y} {target_x} {target_y}"
+        x, y = target_x, target_y
+        if target_x < end[0]:
+            x += _WIDTH
+            path += f"H{x}"
+    return f'<path d="{path}" fill="none" stroke="currentColor" marker-end="url(#ldyn-arrow)"/>'
 
 
-def _node(label: str, place: tuple[int, int], status: str, href: str, name: str) -> str:
-    x, y = _corner(place)
+def _node(label: str, place: Point, status: str, href: str, name: str) -> str:
+    x, y = place
     return (
         f'<a href="{escape(href)}" class="ldyn-{status}"><title>{escape(name)}: {escape(label)}</title>'
         f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="3"/>'

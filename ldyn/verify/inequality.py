@@ -73,7 +73,7 @@ def inequality(
 def _judge(largest: float, effective: int, sharp: float | None, what: str, search: bool) -> Finding:
     scope = f"{effective} cases" + (" and a search" if search else "")
     if largest > 1 + ROUNDING:
-        result = "bound exceeded" if largest == math.inf else f"bound exceeded {truncated(largest)} times"
+        result = "bound exceeded" if largest == math.inf else f"bound exceeded by a factor of {truncated(largest)}"
         return Finding("bounds", Verdict.FALSE, largest >= REFUSAL_RATIO, what, scope, result, effective)
     result = f"largest ratio {truncated(min(largest, 1.0))}"
     if sharp is not None and largest < sharp:

@@ -168,6 +168,22 @@ RULES = {
         total(z[i] * total(z[j], j, over=V) ** 2, i, over=V),
         total(z[i], i, over=V) ** 3,
     ),
+    "a square of a sum that depends on the outer index": (
+        total(total(W[i, j], j, over=V) ** 2, i, over=V),
+        total(W[i, j] * W[i, k], i, j, k, over=V),
+    ),
+    "two sums that depend on the outer index": (
+        total(total(W[i, j], j, over=V) * total(W[i, j] * z[j], j, over=V), i, over=V),
+        total(W[i, j] * W[i, k] * z[k], k, j, i, over=V),
+    ),
+    "a sum in a denominator inside a sum": (
+        total(z[i] / (1 + total(W[i, j] ** 2, j, over=V)), i, over=V),
+        total(z[k] / (1 + total(W[k, i] ** 2, i, over=V)), k, over=V),
+    ),
+    "sums in denominators at two depths": (
+        total(1 / (1 + total(W[i, j] ** 2 / (2 + total(B[j, r] ** 2, r, over=D)), j, over=V)), i, over=V),
+        total(1 / (1 + total(W[m, k] ** 2 / (2 + total(B[k, s] ** 2, s, over=D)), k, over=V)), m, over=V),
+    ),
     "a symmetric double sum": (total(W[i, j] * z[i] * z[j], i, j, over=V), total(W[j, i] * z[j] * z[i], i, j, over=V)),
     "an antisymmetric double sum vanishes": (
         total((W[i, j] - W[j, i]) * z[i] * z[j], i, j, over=V),
@@ -187,6 +203,7 @@ RULES = {
 @pytest.mark.parametrize(("first", "second"), RULES.values(), ids=RULES.keys())
 def test_rules(first, second):
     assert_same_value(first, second)
+    assert_same_value(first, contract(first))
     assert contract(first - second) == 0
 
 

@@ -55,6 +55,13 @@ def test_the_search_finds_a_violation_at_a_smaller_scale():
         assert inequality(value, bound, cases).refused
 
 
+def test_the_search_tries_other_scales_where_nothing_leads_there():
+    """The ratio is flat but for a small ball around zero, so that only a rescaled case can come upon it."""
+    cases = [(np.array([1.0, 1.2, -0.9, 1.1]),)]
+    found = inequality(lambda x: 1.1 if np.linalg.norm(x) < 0.02 else 0.5, lambda x: 1.0 + 0 * x[0], cases)
+    assert found.refused
+
+
 def test_the_search_moves_tensors_and_numbers_and_keeps_their_kind():
     seen = set()
 

@@ -168,13 +168,14 @@ def test_depth_is_the_longest_chain_below():
 
 
 def test_every_statement_has_its_own_place_to_the_right_of_what_it_rests_on():
-    places = graph.places(USES)
+    places, stops = graph.places(USES)
     assert set(places) == set(USES)
     assert len(set(places.values())) == len(USES)
     for label, used in USES.items():
         for name in set(used) & set(USES):
             assert places[name][0] < places[label][0]
-    assert graph.places({}) == {}
+    assert graph.places({}) == ({}, {})
+    assert len(set(places.values()) | set(stops.values())) == len(places) + len(stops)
 
 
 def entries(uses):

@@ -1,0 +1,164 @@
+"""What the book's own Sphinx extensions do, without building a book."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "book" / "_ext"))
+
+import figures
+import library_cache
+import maths
+import plain_notebooks
+
+SVG = """<?xml version="1.0" encoding="utf-8"?>
+<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
+<svg width="72pt" height="36pt" viewBox="0 0 72 36" xmlns="http://www.w3.org/2000/svg" version="1.1">
+ <defs><style type="text/css">*{stroke-linejoin: round}</style></defs>
+ <g id="figure_1"><path id="mark" d="M 0 0" style="fill: #ffffff"/>
+ <use xlink:href="#mark" style="stroke: #1b1b1b; fill: #0072b2"/><path clip-path="url(#mark)" d=""/></g>
+</svg>"""
+
+
+def test_a_drawing_takes_the_page_s_colours() -> None:
+    drawn = figures.inline_svg(SVG, prefix="drawing1-", label='a "line" & more')
+    assert drawn.startswith("<svg ")
+    assert 'role="img" aria-label="a &quot;line&quot; &amp; more"' in drawn
+    assert "stroke: currentColor" in drawn
+    assert "fill: var(--figure-ground)" in drawn
+    assert "fill: var(--figure-blue)" in drawn
+    assert "<style" not in drawn
+    assert 'width="96"' in drawn
+
+
+def test_the_ids_of_two_drawings_differ() -> None:
+    first, second = (figures.inline_svg(SVG, prefix=f"drawing{n}-", label="x") for n in (1, 2))
+    assert 'id="drawing1-mark"' in first
+    assert 'xlink:href="#drawing1-mark"' in first
+    assert "url(#drawing1-mark)" in first
+    assert "figure_1" not in first
+    assert "drawing1-" not in second
+
+
+def test_what_is_no_drawing_is_refused() -> None:
+    with pytest.raises(ValueError, match="source: expected an SVG drawing"):
+        figures.inline_svg("<p>text</p>", prefix="", label="")
+
+
+def test_formulas_are_typeset_and_wrong_ones_refused() -> None:
+    assert 'class="katex"' in maths.render("x^2", display=False)
+    assert "katex-display" in maths.render(r"\sum_i p_i", display=True)
+    with pytest.raises(maths.TypesettingError, match="Undefined control sequence"):
+        maths.render(r"\nosuchcommand", display=False)
+    assert 'class="katex"' in maths.render("y", display=False)
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    (tmp_path / "ldyn" / "part").mkdir(parents=True)
+    (tmp_path / "ldyn" / "part" / "topic.py").write_text("x = 1\n")
+    (tmp_path / "requirements.lock").write_text("torch==1\n")
+    return tmp_path
+
+
+def test_the_cache_belongs_to_one_state_of_the_library(library: Path) -> None:
+    before = library_cache.library_hash(library)
+    assert library_cache.library_hash(library) == before
+    (library / "ldyn" / "__pycache__").mkdir()
+    (library / "ldyn" / "__pycache__" / "topic.pyc").write_text("compiled")
+    assert library_cache.library_hash(library) == before
+    (library / "requirements.lock").write_text("torch==2\n")
+    changed = library_cache.library_hash(library)
+    (library / "ldyn" / "part" / "topic.py").write_text("x = 2\n")
+    assert len({before, changed, library_cache.library_hash(library)}) == 3
+
+
+def test_a_renamed_module_is_another_state(library: Path) -> None:
+    before = library_cache.library_hash(library)
+    (library / "ldyn" / "part" / "topic.py").rename(library / "ldyn" / "part" / "other.py")
+    assert library_cache.library_hash(library) != before
+
+
+def test_old_caches_are_forgotten(library: Path) -> None:
+    class Settings(dict):
+        pass
+
+    app = SimpleNamespace(srcdir=str(library), outdir=str(library / "_build" / "html"))
+    for number in range(5):
+        (library / "ldyn" / "part" / "topic.py").write_text(f"x = {number}\n")
+        settings = Settings()
+        library_cache.name_cache(app, settings)
+        assert Path(settings["nb_execution_cache_path"]).is_dir()
+    assert len(list((library / "_build" / "cells").iterdir())) <= library_cache.KEPT
+
+
+MYST = """(target)=
+# Title
+
+```{prf:theorem} A name
+:label: a-theorem
+
+For every $z$,
+
+$$
+x = y
+$$ (an-equation)
+
+```
+
+See {prf:ref}`a-theorem`, {eq}`an-equation`, {doc}`the chapter <kl>`, {cite:t}`someone` and [](#a-theorem).
+
+````{admonition} Proof
+:class: dropdown
+
+```{note}
+Nested.
+```
+````
+
+```python
+{prf:ref}
+```
+
++++
+% a comment
+```{solution-start} exercise
+:class: dropdown
+```
+"""
+
+
+def test_notebooks_are_plain() -> None:
+    names = dict(plain_notebooks.labelled(MYST))
+    assert names["a-theorem"] == "Theorem (A name)"
+    assert plain_notebooks.plain(MYST, names).split("\n\n") == [
+        "# Title",
+        "**Theorem (A name)**",
+        "For every $z$,",
+        r"$$" + "\nx = y " + r"\tag{an-equation}$$",
+        "See Theorem (A name), (an-equation), the chapter, [someone] and Theorem (A name).",
+        "**Proof**",
+        "**Note**",
+        "Nested.",
+        "```python\n{prf:ref}\n```",
+        "**Solution**",
+    ]
+
+
+def test_every_executed_chapter_is_written(tmp_path: Path) -> None:
+    for name, text in {"index": "# Front", "part/topic": MYST}.items():
+        cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell("1 + 1", execution_count=1)]
+        path = tmp_path / "executed" / f"{name}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    written = plain_notebooks.write_all(tmp_path / "executed", tmp_path / "notebooks")
+    assert [path.name for path in written] == ["index.ipynb", "part-topic.ipynb"]
+    notebook = nbformat.read(written[1], as_version=4)
+    assert notebook.cells[1].source == "1 + 1"
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "{prf" not in notebook.cells[0].source.replace("{prf:ref}\n```", "")
