@@ -279,7 +279,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("env-merge-info", _merge)
     app.connect("doctree-read", _collect)
     app.connect("env-updated", _ledger_pages)
-    app.connect("env-updated", _gate)  # before Sphinx stores what it read, so that a second build fails as well
+    app.connect("env-check-consistency", _gate)
     app.connect("doctree-resolved", _write_evidence)
     app.connect("build-finished", _write_json)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

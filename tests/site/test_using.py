@@ -27,7 +27,7 @@ def test_evidence_and_solutions_open_by_click_and_by_keyboard(visit: Open, chapt
         assert not any(is_open(details) for details in folded.all())
         for details in folded.all():
             summary = details.locator("> summary")
-            assert summary.inner_text().strip()
+            assert summary.text_content().strip()
             inside = details.locator("> :not(summary)").first
             assert not inside.is_visible()
             summary.click()
@@ -91,7 +91,7 @@ def test_figures_say_what_they_show(visit: Open, chapter: str) -> None:
         for drawing in seen.page.locator(".drawing svg").all():
             assert drawing.get_attribute("role") == "img"
             assert len(drawing.get_attribute("aria-label")) > 20
-            assert len(drawing.locator("xpath=ancestor::figure//figcaption").inner_text()) > 20
+            assert len(drawing.locator("xpath=ancestor::figure//figcaption").text_content()) > 20
 
 
 def test_search_finds_every_statement(visit: Open) -> None:

@@ -170,7 +170,7 @@ RULES = {
     ),
     "a square of a sum that depends on the outer index": (
         total(total(W[i, j], j, over=V) ** 2, i, over=V),
-        total(W[i, j] * W[i, k], i, j, k, over=V),
+        total(W[i, j] * W[i, k], j, k, i, over=V),
     ),
     "two sums that depend on the outer index": (
         total(total(W[i, j], j, over=V) * total(W[i, j] * z[j], j, over=V), i, over=V),
