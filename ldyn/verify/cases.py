@@ -82,6 +82,28 @@ def as_array(value: Any, route: str) -> Array:
     return array
 
 
+def called(route: Callable[..., Any], name: str, case: Case, *lead: Any) -> Array:
+    """Call a route on a case, and see that it leaves the case as it was for the other route and for controls.
+
+    Args:
+        route: The callable.
+        name: What it is, for the messages.
+        case: Its arguments.
+        *lead: Arguments before those of the case.
+
+    Returns:
+        Its result as float64.
+
+    Raises:
+        Invalid: If it changes a floating-point argument, or its result is not finite and real.
+    """
+    before = flatten(case)[0]
+    result = as_array(route(*lead, *case), name)
+    if not np.array_equal(flatten(case)[0], before, equal_nan=True):
+        raise Invalid(f"{name}: expected a route that leaves its arguments alone, got one that changes them")
+    return result
+
+
 def same_route(first: Any, second: Any) -> bool:
     """Tell whether two callables are one computation under two names.
 

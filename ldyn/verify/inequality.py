@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .cases import Array, Case, as_array, flatten, listed, require_two_routes
+from .cases import Array, Case, called, flatten, listed, require_two_routes
 from .errors import Invalid, Vacuous, Verdict
 from .finding import Finding, truncated
 
@@ -56,7 +56,7 @@ def inequality(
     require_two_routes(value, bound)
 
     def ratio(case: Case) -> float:
-        return _ratio(as_array(value(*case), "value"), as_array(bound(*case), "bound"), atol)
+        return _ratio(called(value, "value", case), called(bound, "bound", case), atol)
 
     tried = [(ratio(case), case) for case in listed(cases)]
     effective = [(r, case) for r, case in tried if r > -math.inf]

@@ -96,6 +96,8 @@ def _number(expr: Any, values: dict[Any, Any], rng: random.Random) -> Any:
         return mpmath.power(*map(inner, expr.args))
     if expr.func in _FUNCTIONS:
         return _FUNCTIONS[expr.func](*map(inner, expr.args))
+    if expr.has(sp.Indexed, sp.Sum, sp.KroneckerDelta):
+        return mpmath.mpmathify(expr.func(*(sp.sympify(inner(arg)) for arg in expr.args)).evalf(_DIGITS))
     atoms = {a: sp.sympify(values[a]) for a in expr.free_symbols if a in values}
     return mpmath.mpmathify(expr.xreplace(atoms).doit().evalf(_DIGITS))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .cases import Array, Case, as_array, listed, require_two_routes
+from .cases import Array, Case, called, listed, require_two_routes
 from .errors import Invalid, Vacuous, Verdict
 from .finding import Finding, at_least, at_most, truncated
 
@@ -46,7 +46,7 @@ def agreement(
     require_two_routes(claimed, reference)
     worst, effective = 0.0, 0
     for case in listed(cases):
-        first, second = as_array(claimed(*case), "first route"), as_array(reference(*case), "second route")
+        first, second = called(claimed, "first route", case), called(reference, "second route", case)
         if first.shape != second.shape:
             result = f"shapes {first.shape} and {second.shape} differ"
             return Finding("agrees", Verdict.FALSE, False, what, "1 case", result, 1)
@@ -122,7 +122,7 @@ def _usable_points(
     """Return (step, remainder) down to the first step that reaches the rounding floor."""
     points: list[tuple[float, float]] = []
     for h in grid:
-        first, second = as_array(approximation(h, *case), "approximation"), as_array(exact(h, *case), "exact")
+        first, second = called(approximation, "approximation", case, h), called(exact, "exact", case, h)
         floor = 1e3 * np.finfo(np.float64).eps * max(_largest(second), magnitude)
         error = _largest(first - second)
         if error <= floor:

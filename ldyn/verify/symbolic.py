@@ -18,6 +18,7 @@ from .instances import evaluate
 
 WITNESS_MARGIN = 1e-9
 _INSTANCES = 6
+_SIGN_INSTANCES = 60
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def decide_nonnegative(expr: Any, where: Where | None = None) -> Verdict:
     shown = sp.sympify(expr)
     opened = unfold(shown, where)
     candidates = [shown, opened, sp.factor(opened)] if not is_indexed(opened) else [shown, opened]
-    instances = [evaluate([opened], seed) for seed in range(_INSTANCES)]
+    instances = (evaluate([opened], seed) for seed in range(_SIGN_INSTANCES))
     if any(found is not None and found[0].real < -WITNESS_MARGIN for found in instances):
         return Verdict.FALSE  # numbers first: an assumption on a name may contradict its definition
     return Verdict.TRUE if any(_assumed_nonnegative(c) for c in candidates) else Verdict.UNKNOWN

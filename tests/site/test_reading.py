@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -63,13 +64,23 @@ def test_mathematics_is_typeset(visit: Open, path: str) -> None:
 
 @pytest.mark.timing
 def test_mathematics_is_complete_in_time(visit: Open, chapter: str) -> None:
-    def complete() -> float:
-        with visit(chapter) as seen:
-            assert seen.page.locator(".katex").count() > 0
-            return float(seen.page.evaluate("document.fonts.ready.then(() => performance.now())"))
+    """From asking for a page to its last font, on the clock; on a busy machine, in the browser's own working time."""
+    clock, work = zip(*(time_to_complete(visit, chapter) for _ in range(3)), strict=True)
+    busy = os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
+    assert min(clock) < TYPESET_LIMIT or (busy and min(work) < TYPESET_LIMIT), (clock, work)
 
-    # The best of three, so that a busy machine is not taken for a slow page.
-    assert min(complete() for _ in range(3)) < TYPESET_LIMIT
+
+def time_to_complete(visit: Open, chapter: str) -> tuple[float, float]:
+    """Milliseconds until the page is complete: of the clock, and of the page's thread alone."""
+    with visit(chapter) as seen:
+        assert seen.page.locator(".katex").count() > 0
+        clock = float(seen.page.evaluate("document.fonts.ready.then(() => performance.now())"))
+        session = seen.page.context.new_cdp_session(seen.page)
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})
+        seen.page.reload(wait_until="load")
+        seen.page.evaluate("document.fonts.ready.then(() => true)")
+        metrics = {entry["name"]: entry["value"] for entry in session.send("Performance.getMetrics")["metrics"]}
+    return clock, 1000 * metrics["TaskDuration"]
 
 
 def test_mathematics_needs_no_scripts(visit: Open, chapter: str) -> None:

@@ -364,3 +364,14 @@ def test_cases_come_from_their_own_seed_and_leave_the_global_generators_alone():
     assert not torch.equal(first[0][0], next(iter(Cases(draw, 1, seed=6)))[0])
     coverage(hits(0.97), at_least=0.95)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_route_that_changes_its_arguments_is_refused():
+    def doubles_in_place(x):
+        return x.mul_(2.0)
+
+    cases = [(torch.ones(3, dtype=torch.float64),)]
+    with pytest.raises(Invalid, match="first route: expected a route that leaves its arguments alone"):
+        agreement(doubles_in_place, lambda x: x + x, cases)
+    with pytest.raises(Invalid, match="exact"):
+        convergence(lambda h, x: x, lambda h, x: x.add_(h), cases, order=1)
