@@ -31,7 +31,7 @@ def describe(value: object) -> str:
 
 
 def known_truth(condition: Tensor) -> bool | None:
-    """Reads a boolean scalar tensor where its value can be read.
+    """Read a boolean scalar tensor where its value can be read.
 
     Args:
         condition: Boolean tensor with one element.
@@ -55,7 +55,7 @@ def known_truth(condition: Tensor) -> bool | None:
 
 
 def require_tensor(value: object, name: str, *, ndim: int | None = None, min_ndim: int = 0) -> Tensor:
-    """Requires a tensor, if asked with a given number of dimensions.
+    """Require a tensor, if asked with a given number of dimensions.
 
     Args:
         value: The argument.
@@ -79,7 +79,7 @@ def require_tensor(value: object, name: str, *, ndim: int | None = None, min_ndi
 
 
 def require_floating(value: Tensor, name: str) -> Tensor:
-    """Requires a real floating-point dtype.
+    """Require a real floating-point dtype.
 
     Args:
         value: The tensor.
@@ -97,7 +97,7 @@ def require_floating(value: Tensor, name: str) -> Tensor:
 
 
 def require_nonempty(value: Tensor, name: str) -> Tensor:
-    """Requires at least one element.
+    """Require at least one element.
 
     Args:
         value: The tensor.
@@ -115,7 +115,7 @@ def require_nonempty(value: Tensor, name: str) -> Tensor:
 
 
 def require_finite(value: Tensor, name: str) -> Tensor:
-    """Requires that every element is finite.
+    """Require that every element is finite.
 
     Args:
         value: The tensor.
@@ -135,7 +135,7 @@ def require_finite(value: Tensor, name: str) -> Tensor:
 
 
 def require_shape(value: Tensor, name: str, shape: Sequence[int | str | None]) -> Tensor:
-    """Requires a shape, in which some sizes may be left open.
+    """Require a shape, in which some sizes may be left open.
 
     Args:
         value: The tensor.
@@ -170,7 +170,7 @@ def require_shape(value: Tensor, name: str, shape: Sequence[int | str | None]) -
 
 
 def require_same(value: Tensor, name: str, other: Tensor, other_name: str) -> Tensor:
-    """Requires the dtype and the device of another tensor.
+    """Require the dtype and the device of another tensor.
 
     Args:
         value: The tensor.
@@ -192,7 +192,7 @@ def require_same(value: Tensor, name: str, other: Tensor, other_name: str) -> Te
 
 
 def require_real(value: object, name: str, *, ndim: int | None = None, min_ndim: int = 0) -> Tensor:
-    """Requires a non-empty tensor of finite floating-point numbers.
+    """Require a non-empty tensor of finite floating-point numbers.
 
     Args:
         value: The argument.
@@ -212,7 +212,7 @@ def require_real(value: object, name: str, *, ndim: int | None = None, min_ndim:
 
 
 def require_probabilities(value: object, name: str, *, atol: float | None = None) -> Tensor:
-    """Requires probability vectors along the last dimension.
+    """Require probability vectors along the last dimension.
 
     Args:
         value: The argument, (..., V).
@@ -238,7 +238,7 @@ def require_probabilities(value: object, name: str, *, atol: float | None = None
 
 
 def require_number(value: object, name: str) -> float:
-    """Requires a finite real number: a Python or NumPy number, or a tensor with one element and no dimension.
+    """Require a finite real number: a Python or NumPy number, or a tensor with one element and no dimension.
 
     Args:
         value: The argument.
@@ -258,7 +258,7 @@ def require_number(value: object, name: str) -> float:
 
 
 def require_positive(value: object, name: str) -> float:
-    """Requires a finite number greater than zero.
+    """Require a finite number greater than zero.
 
     Args:
         value: The argument.
@@ -277,7 +277,7 @@ def require_positive(value: object, name: str) -> float:
 
 
 def require_nonnegative(value: object, name: str) -> float:
-    """Requires a finite number that is not negative.
+    """Require a finite number that is not negative.
 
     Args:
         value: The argument.
@@ -296,7 +296,7 @@ def require_nonnegative(value: object, name: str) -> float:
 
 
 def require_integer(value: object, name: str, *, minimum: int = 1) -> int:
-    """Requires an integer that is not too small.
+    """Require an integer that is not too small.
 
     Args:
         value: The argument.
@@ -315,7 +315,7 @@ def require_integer(value: object, name: str, *, minimum: int = 1) -> int:
 
 
 def require_eval_mode(model: object, name: str) -> nn.Module:
-    """Requires a model whose output for one example depends on neither chance nor the other examples.
+    """Require a model whose output for one example depends on neither chance nor the other examples.
 
     A module in training mode is accepted as long as nothing in it behaves differently there. Dropout that a
     ``forward`` calls as a function cannot be seen from outside and is not detected.

@@ -30,7 +30,7 @@ class Linearization:
     """
 
     def __init__(self, model: nn.Module, x: Inputs) -> None:
-        """Runs the model once.
+        """Run the model once.
 
         Args:
             model: Any module whose output is a tensor (..., V), has such a tensor as ``.logits``, or is a
@@ -61,7 +61,7 @@ class Linearization:
         self.logits = self._output.detach()
 
     def vector(self, value: object, name: str) -> Tensor:
-        """Checks a vector of parameter changes.
+        """Check a vector of parameter changes.
 
         Args:
             value: The argument.
@@ -127,7 +127,7 @@ class Linearization:
         return torch.cat(filled, dim=-1)
 
     def _transposed(self) -> tuple[Tensor, list[Tensor], list[int]]:
-        """Builds u -> J^T u once, with its graph: it is linear, and its own transpose is v -> J v."""
+        """Build u -> J^T u once, with its graph: it is linear, and its own transpose is v -> J v."""
         if self._pullback is None:
             dual = torch.zeros_like(self._output, requires_grad=True)
             parts = torch.autograd.grad(self._output, self._parameters, dual, create_graph=True, allow_unused=True)
@@ -163,7 +163,7 @@ def _no_randomness(device: torch.device) -> Iterator[None]:
 
 
 def _uniform_parameters(model: nn.Module) -> Tensor:
-    """Returns the first parameter after checking that all agree in dtype and device."""
+    """Return the first parameter after checking that all agree in dtype and device."""
     named = list(model.named_parameters())
     if not named:
         raise ValueError("model: expected a module with parameters, got one without")
@@ -177,7 +177,7 @@ def _uniform_parameters(model: nn.Module) -> Tensor:
 
 
 def _copied(x: Inputs, first: Tensor) -> Tensor | dict[str, Tensor]:
-    """Checks the input against the parameters and copies it, so that an in-place first layer hurts nobody."""
+    """Check the input against the parameters and copy it, so that an in-place first layer hurts nobody."""
     if isinstance(x, Mapping):
         return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in x.items()}
     _checks.require_nonempty(_checks.require_tensor(x, "x"), "x")
@@ -190,7 +190,7 @@ def _copied(x: Inputs, first: Tensor) -> Tensor | dict[str, Tensor]:
 
 
 def _logits(output: object) -> Tensor:
-    """Finds the logits in what a model returned."""
+    """Find the logits in what a model returned."""
     found = getattr(output, "logits", output)
     if isinstance(found, tuple | list) and found:
         found = found[0]

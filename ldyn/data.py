@@ -35,7 +35,7 @@ class Split(NamedTuple):
 
 
 def digits() -> Digits:
-    """Loads the 1797 handwritten digits that ship with scikit-learn.
+    """Load the 1797 handwritten digits that ship with scikit-learn.
 
     Returns:
         Images (1797, 64) in float64 scaled from the stored 0 to 16 to [0, 1], and labels (1797,) in int64.

@@ -58,7 +58,7 @@ def mlp(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> nn.Sequential:
-    """Builds a fully connected network, initialised from a private generator.
+    """Build a fully connected network, initialised from a private generator.
 
     Weights are normal with variance gain²/fan-in (gain √2 for relu, gelu and silu, 1 otherwise), biases are
     zero. The activation stands between the linear layers, not after the last one.
@@ -98,7 +98,7 @@ def mlp(
 
 
 def flat_parameters(model: nn.Module) -> Tensor:
-    """Copies the parameters of a model into one vector.
+    """Copy the parameters of a model into one vector.
 
     Args:
         model: Any module with at least one parameter; tied parameters count once.
@@ -114,7 +114,7 @@ def flat_parameters(model: nn.Module) -> Tensor:
 
 
 def evaluate(model: nn.Module, x: Tensor, parameters: Tensor) -> Tensor:
-    """Evaluates a model at other parameters, as a differentiable function of them.
+    """Evaluate a model at other parameters, as a differentiable function of them.
 
     Args:
         model: Any module with parameters; it is not changed.
@@ -137,7 +137,7 @@ def evaluate(model: nn.Module, x: Tensor, parameters: Tensor) -> Tensor:
 
 
 def moved(model: nn.Module, delta: Tensor) -> nn.Module:
-    """Copies a model with its parameters moved by a vector; the model itself stays where it is.
+    """Copy a model with its parameters moved by a vector; the model itself stays where it is.
 
     Args:
         model: Any module with parameters.
@@ -228,7 +228,7 @@ def sgd(
 
 
 def _parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Lists the parameters of a model that has some."""
+    """List the parameters of a model that has some."""
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     if not parameters:
         raise ValueError(f"model: expected a torch.nn.Module with parameters, got {_checks.describe(model)}")
@@ -236,14 +236,14 @@ def _parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yields index batches for ever, one shuffled pass after another."""
+    """Yield index batches for ever, one shuffled pass after another."""
     while True:
         order = torch.arange(count) if size == count else torch.randperm(count, generator=generator)
         yield from order[: count - count % size].view(-1, size)
 
 
 def _gradient(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
-    """Computes the loss and its flat gradient without touching the parameters' ``.grad``."""
+    """Compute the loss and its flat gradient without touching the parameters' ``.grad``."""
     parameters = _parameters(model)
     with torch.enable_grad():
         value = loss(model(inputs), targets)
@@ -252,7 +252,7 @@ def _gradient(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> 
 
 
 def _move(model: nn.Module, delta: Tensor) -> None:
-    """Adds a flat vector to the parameters, in place."""
+    """Add a flat vector to the parameters, in place."""
     parameters = _parameters(model)
     sizes = [parameter.numel() for parameter in parameters]
     _checks.require_shape(_checks.require_tensor(delta, "delta"), "delta", (sum(sizes),))

@@ -61,7 +61,7 @@ def unvec(vector: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def kronecker(left: Tensor, right: Tensor) -> Tensor:
-    """Computes the Kronecker product of two matrices.
+    """Compute the Kronecker product of two matrices.
 
     Unlike ``torch.kron`` (in PyTorch 2.13) it accepts transposed views, such as the Bᵀ of
     vec(AXB) = (A ⊗ Bᵀ) vec(X), and treats leading dimensions as batch.
@@ -85,7 +85,7 @@ def kronecker(left: Tensor, right: Tensor) -> Tensor:
 
 
 def jacobian(f: Map, x: Tensor, *, mode: Literal["reverse", "forward"] = "reverse") -> Tensor:
-    """Computes the Jacobian matrix of a map at a point by automatic differentiation.
+    """Compute the Jacobian matrix of a map at a point by automatic differentiation.
 
     The result can itself be differentiated. Take ``mode="forward"`` where the input is smaller than the
     output; some operations of PyTorch, fused attention among them, have no forward mode.
@@ -208,7 +208,7 @@ class Linearisation:
     jacobian: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Evaluates value + J·vec(x − point).
+        """Evaluate value + J·vec(x − point).
 
         Args:
             x: (..., *shape of the point); batch dimensions lead.
@@ -229,7 +229,7 @@ class Linearisation:
 
 
 def linearise(f: Map, x: Tensor, *, mode: Literal["reverse", "forward"] = "reverse") -> Linearisation:
-    """Builds the best affine approximation of a map near a point.
+    """Build the best affine approximation of a map near a point.
 
     Args:
         f: Map from a tensor of x's shape to a tensor of any shape.
@@ -247,7 +247,7 @@ def linearise(f: Map, x: Tensor, *, mode: Literal["reverse", "forward"] = "rever
 
 
 def area_factor(matrix: Tensor) -> Tensor:
-    """Computes the factor by which a square matrix multiplies every area (n = 2) or volume.
+    """Compute the factor by which a square matrix multiplies every area (n = 2) or volume.
 
     Args:
         matrix: (..., n, n), for instance a Jacobian.
@@ -274,7 +274,7 @@ class ChainCosts(NamedTuple):
 
 
 def chain_costs(widths: list[int] | tuple[int, ...]) -> ChainCosts:
-    """Counts the multiplications of forward and reverse mode through a chain of dense Jacobians.
+    """Count the multiplications of forward and reverse mode through a chain of dense Jacobians.
 
     Layer l has a Jacobian of size widths[l] × widths[l − 1]. Only multiplications by entries of these
     matrices are counted: not their computation, not additions.
@@ -300,7 +300,7 @@ def chain_costs(widths: list[int] | tuple[int, ...]) -> ChainCosts:
 
 
 def _checked_map(f: Map, x: Tensor) -> Map:
-    """Checks the point and the map, and returns the map with a check of its output."""
+    """Check the point and the map, and return the map with a check of its output."""
     _checks.require_real(x, "x")
     if not callable(f):
         raise ValueError(f"f: expected a function of one tensor, got {_checks.describe(f)}")

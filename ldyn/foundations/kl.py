@@ -53,7 +53,7 @@ class KLBounds(NamedTuple):
 
 
 def categorical_kl(logits: Tensor, new_logits: Tensor) -> Tensor:
-    """Computes KL(p‖p′) in nats between the softmaxes of two sets of logits.
+    """Compute KL(p‖p′) in nats between the softmaxes of two sets of logits.
 
     Evaluates log E_p[exp(Δ − E_p Δ)] with Δ the change of the logits as a sum of terms none of which is negative,
     so that the result is never negative, keeps its relative accuracy however close p and p′ are, and overflows
@@ -134,7 +134,7 @@ def kl_bounds(logits: Tensor, delta: Tensor) -> KLBounds:
 
 
 def fisher_matrix(model: nn.Module, x: Inputs) -> Tensor:
-    """Computes the Fisher information matrix of a classifier's parameters, averaged over contexts.
+    """Compute the Fisher information matrix of a classifier's parameters, averaged over contexts.
 
     F = mean over contexts of Jᵀ (diag(p) − p pᵀ) J, where J (V, P) is the Jacobian of the context's logits and
     p their softmax: the labels are the model's own, not data. It is the Hessian at zero, in the change of the
@@ -239,12 +239,12 @@ def sgd_step_norm_bound(lr: float, weight_decay: float, param_norm: float, clip:
 
 
 def _widened(value: Tensor) -> Tensor:
-    """Turns half precision into float32."""
+    """Turn half precision into float32."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _phi(x: Tensor) -> Tensor:
-    """Computes e^x − 1 − x without cancellation; the sum it appears in has no negative term."""
+    """Compute e^x − 1 − x without cancellation; the sum it appears in has no negative term."""
     small = x.abs() < _SMALL
     inner, outer = torch.where(small, x, torch.zeros_like(x)), torch.where(small, torch.ones_like(x), x)
     series = torch.full_like(x, _SERIES[-1])
@@ -254,7 +254,7 @@ def _phi(x: Tensor) -> Tensor:
 
 
 def _centred(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns log p and delta minus its mean under p, the mean taken so that tiny spreads survive."""
+    """Return log p and delta minus its mean under p, the mean taken so that tiny spreads survive."""
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     # relative to the likeliest class first: a common shift of all logits then costs no digits
@@ -270,7 +270,7 @@ def _covariance_product(p: Tensor, change: Tensor) -> Tensor:
 
 
 def _fisher_by_rows(local: Linearization, p: Tensor, block: int) -> Tensor:
-    """Sums Bᵀ B over contexts, row k of a context's B being √p_k times the gradient of log p_k."""
+    """Sum Bᵀ B over contexts, row k of a context's B being √p_k times the gradient of log p_k."""
     contexts, classes = p.shape
     identity = torch.eye(classes, dtype=p.dtype, device=p.device)
     total: Tensor | None = None
@@ -286,5 +286,5 @@ def _fisher_by_rows(local: Linearization, p: Tensor, block: int) -> Tensor:
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
-    """Removes what rounding left of asymmetry."""
+    """Remove what rounding left of asymmetry."""
     return (matrix + matrix.T) / 2

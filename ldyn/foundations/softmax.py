@@ -215,7 +215,7 @@ def softmax_jacobian_norm_bounds(logits: Tensor, *, temperature: float = 1.0) ->
 
 
 def _probabilities(logits: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Checks the logits; returns p and 1 − p, both accurate to rounding relative to themselves."""
+    """Check the logits; return p and 1 − p, both accurate to rounding relative to themselves."""
     z = require_real(logits, "logits", min_ndim=1)
     p = torch.softmax(z / tau, dim=-1)
     # Only the largest probability can exceed one half, where 1 − p would cancel: sum the others instead.
@@ -225,13 +225,13 @@ def _probabilities(logits: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 
 
 def _is_top(p: Tensor) -> Tensor:
-    """Marks one largest entry along the last dimension."""
+    """Mark one largest entry along the last dimension."""
     positions = torch.arange(p.shape[-1], device=p.device)
     return positions == p.argmax(-1, keepdim=True)
 
 
 def _direction(value: Tensor, name: str, logits: Tensor) -> Tensor:
-    """Checks that a vector fits the logits: same dtype, device and V, batch dimensions that broadcast."""
+    """Check that a vector fits the logits: same dtype, device and V, batch dimensions that broadcast."""
     vector = require_same(require_real(value, name, min_ndim=1), name, logits, "logits")
     require_shape(vector, name, ("...", logits.shape[-1]))
     pairs = zip(reversed(vector.shape), reversed(logits.shape), strict=False)
@@ -242,24 +242,24 @@ def _direction(value: Tensor, name: str, logits: Tensor) -> Tensor:
 
 
 def _centred(p: Tensor, vector: Tensor) -> Tensor:
-    """The vector minus its mean under p; measured from the likeliest class, so that nothing cancels there."""
+    """Return the vector minus its mean under p; measured from the likeliest class, so that nothing cancels there."""
     reference = vector.expand_as(p).gather(-1, p.argmax(-1, keepdim=True))
     shifted = vector - reference
     return shifted - (p * shifted).sum(-1, keepdim=True)
 
 
 def _with_diagonal(matrix: Tensor, diagonal: Tensor) -> Tensor:
-    """The matrix with its diagonal replaced."""
+    """Return the matrix with its diagonal replaced."""
     eye = torch.eye(diagonal.shape[-1], dtype=torch.bool, device=diagonal.device)
     return torch.where(eye, diagonal.unsqueeze(-1), matrix)
 
 
 def _covariance(p: Tensor, rest: Tensor) -> Tensor:
-    """The matrix diag(p) − p pᵀ, with p (1 − p) on its diagonal."""
+    """Return the matrix diag(p) − p pᵀ, with p (1 − p) on its diagonal."""
     return _with_diagonal(-p.unsqueeze(-1) * p.unsqueeze(-2), p * rest)
 
 
 def _centring(p: Tensor, rest: Tensor) -> Tensor:
-    """The matrix I − 1 pᵀ, with 1 − p on its diagonal."""
+    """Return the matrix I − 1 pᵀ, with 1 − p on its diagonal."""
     rows = -p.unsqueeze(-2).expand(*p.shape[:-1], p.shape[-1], p.shape[-1])
     return _with_diagonal(rows, rest)
