@@ -67,7 +67,7 @@ def test_mathematics_is_complete_in_time(visit: Open, chapter: str) -> None:
     """From asking for a page to its last font, on the clock; on a busy machine, in the browser's own working time."""
     clock, work = zip(*(time_to_complete(visit, chapter) for _ in range(3)), strict=True)
     busy = os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
-    print(clock, work); assert min(clock) < TYPESET_LIMIT or (busy and min(work) < TYPESET_LIMIT), (clock, work)
+    assert min(clock) < TYPESET_LIMIT or (busy and min(work) < TYPESET_LIMIT), (clock, work)
 
 
 def time_to_complete(visit: Open, chapter: str) -> tuple[float, float]:
