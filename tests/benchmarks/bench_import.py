@@ -28,7 +28,7 @@ def main() -> None:
     statements = {
         "import torch": "import torch",
         "import ldyn": "import ldyn",
-        "import ldyn, its functions": "import ldyn; ldyn.foundations",
+        "import ldyn, its functions": "from ldyn.foundations import jacobians, kl, softmax",
     }
     medians = {}
     for label, statement in statements.items():
