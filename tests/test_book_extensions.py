@@ -162,3 +162,14 @@ def test_every_executed_chapter_is_written(tmp_path: Path) -> None:
     assert notebook.cells[1].source == "1 + 1"
     assert notebook.metadata.kernelspec.name == "python3"
     assert "{prf" not in notebook.cells[0].source.replace("{prf:ref}\n```", "")
+
+
+def test_printed_text_that_arrives_in_pieces_is_stored_once() -> None:
+    def printed(text: str, name: str = "stdout") -> nbformat.NotebookNode:
+        return nbformat.v4.new_output("stream", name=name, text=text)
+
+    picture = nbformat.v4.new_output("display_data", data={"text/plain": "picture"})
+    outputs = [printed("one\n"), picture, printed("two\n"), printed("oops\n", "stderr"), printed("three")]
+    joined = library_cache.joined_streams(outputs)
+    assert [output.get("text") for output in joined] == ["one\ntwo\nthree", None, "oops\n"]
+    assert joined == library_cache.joined_streams(joined)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from myst_nb.core.execute.cache import NotebookClientCache
+from nbformat import NotebookNode
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -51,7 +52,8 @@ def name_cache(app: Sphinx, config: Config) -> None:
 def fill_from_cache(start: Callable[[NotebookClientCache], None]) -> Callable[[NotebookClientCache], None]:
     """Have a notebook that is found in the cache keep its identity, so that its outputs are written out too.
 
-    MyST-NB renders the cached copy but writes the notebook it was given, which would then be empty.
+    MyST-NB renders the cached copy but writes the notebook it was given, which would then be empty. Printed text is
+    joined here as well: MyST-NB's own `nb_merge_streams` joins it on the page and repeats it in the notebook.
     """
 
     def start_client(client: NotebookClientCache) -> None:
@@ -60,8 +62,25 @@ def fill_from_cache(start: Callable[[NotebookClientCache], None]) -> Callable[[N
         if client.notebook is not given:
             given.update(client.notebook)
             client._notebook = given
+        for cell in given.cells:
+            if cell.cell_type == "code":
+                cell.outputs = joined_streams(cell.outputs)
 
     return start_client
+
+
+def joined_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Join the pieces in which a cell's printed text arrived; how many there are is a matter of chance."""
+    joined: list[NotebookNode] = []
+    streams: dict[str, NotebookNode] = {}
+    for output in outputs:
+        if output.output_type == "stream" and output.name in streams:
+            streams[output.name].text += output.text
+        else:
+            joined.append(output)
+            if output.output_type == "stream":
+                streams[output.name] = output
+    return joined
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

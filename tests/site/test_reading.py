@@ -13,9 +13,6 @@ from .conftest import SITE, Open, pages
 TYPESET_LIMIT = 1500  # milliseconds
 RAW_TEX = re.compile(r"\$[^$\n]{1,200}\$|\\[\[\](]|\\(?:frac|sum|mathbb|operatorname|Sigma|Delta|begin|text)\b")
 OPEN_ALL = """() => {
-  const all = document.createElement('style');
-  all.textContent = 'section { content-visibility: visible !important }';
-  document.head.append(all);
   document.querySelectorAll('details').forEach(element => { element.open = true });
 }"""
 # Hidden from assistive technology, in the colour of the text around it, and nine tenths of a page's elements.

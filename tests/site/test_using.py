@@ -133,6 +133,19 @@ def test_the_ledger_page_and_the_json_agree(visit: Open) -> None:
         assert seen.page.locator("svg.ldyn-graph a").count() == len(entries)
 
 
+def test_a_link_to_a_statement_leads_to_it(visit: Open, chapter: str) -> None:
+    """Also far down a long page, from another page and on this one."""
+    stated = [row["label"] for row in json.loads(LEDGER.read_text()) if f"{row['page']}.html" == chapter]
+    from_top = "label => document.getElementById(label).getBoundingClientRect().top"
+    with visit("book/ledger.html") as seen:
+        seen.page.locator(f"#ledger-{stated[-1]} th a").click()
+        seen.page.wait_for_url(f"**/{chapter}#{stated[-1]}")
+        for label in (stated[-1], stated[0], stated[len(stated) // 2]):
+            seen.page.evaluate("label => { location.hash = label }", label)
+            seen.page.wait_for_timeout(1500)
+            assert 0 <= seen.page.evaluate(from_top, label) < 300
+
+
 def test_a_chapter_can_be_taken_along(visit: Open, chapter: str) -> None:
     with visit(chapter) as seen:
         link = seen.page.locator("a.btn-download-notebook-button")
