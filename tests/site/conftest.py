@@ -112,7 +112,8 @@ def visit(browser: Browser, site: str) -> Open:
         note = seen.complaints.append
         seen.page.on("console", lambda m: note(f"console: {m.text}") if m.type in ("error", "warning") else None)
         seen.page.on("pageerror", lambda error: note(f"uncaught: {error}"))
-        seen.page.on("requestfailed", lambda r: note(f"failed: {r.url}"))
+        # A request that the next page cuts short is no failure.
+        seen.page.on("requestfailed", lambda r: None if "ABORTED" in r.failure else note(f"failed: {r.url}"))
         seen.page.on("response", lambda r: note(f"{r.status}: {r.url}") if r.status >= 400 else None)
         seen.page.on(
             "request", lambda r: None if r.url.startswith((base, "data:", "blob:")) else note(f"request: {r.url}")
