@@ -15,6 +15,7 @@ import figures
 import library_cache
 import maths
 import plain_notebooks
+import previews
 
 SVG = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
@@ -173,3 +174,19 @@ def test_printed_text_that_arrives_in_pieces_is_stored_once() -> None:
     joined = library_cache.joined_streams(outputs)
     assert [output.get("text") for output in joined] == ["one\ntwo\nthree", None, "oops\n"]
     assert joined == library_cache.joined_streams(joined)
+
+
+def test_a_preview_carries_no_anchor_link_or_evidence() -> None:
+    badge = '<details class="ldyn-badge"><summary>proved</summary></details>'
+    shown = previews.clean(f'<div class="admonition" id="a"><p>See <a href="#b">it</a>.</p>{badge}</div>')
+    assert shown == '<div class="admonition"><p>See it.</p></div>'
+    drawn = previews.clean('<svg><path id="m"/><use xlink:href="#m" clip-path="url(#m)" style="fill: #ffffff"/></svg>')
+    assert 'id="preview-m"' in drawn
+    assert 'xlink:href="#preview-m"' in drawn
+    assert 'clip-path="url(#preview-m)"' in drawn
+    assert "fill: #ffffff" in drawn
+
+
+def test_only_references_in_the_text_have_previews() -> None:
+    body = '<a class="reference internal" href="kl.html#x"></a><a class="headerlink" href="#y"></a><a href="#z"></a>'
+    assert previews.references(body, "book/foundations") == {("book/foundations/kl", "x")}

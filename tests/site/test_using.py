@@ -41,6 +41,34 @@ def test_evidence_and_solutions_open_by_click_and_by_keyboard(visit: Open, chapt
             assert not is_open(details)
 
 
+def test_a_reference_shows_what_it_leads_to(visit: Open) -> None:
+    entries = {row["label"]: row for row in json.loads(LEDGER.read_text())}
+    with visit("book/foundations/kl.html") as seen:
+        link = seen.page.locator("article a.reference.internal[href='#kl-range-bound']").first
+        preview = seen.page.locator("[data-tippy-root]")
+        statement = seen.page.locator("#kl-range-bound")
+        for show, leave in (
+            (link.hover, lambda: seen.page.mouse.move(0, 0)),
+            (link.focus, lambda: seen.page.keyboard.press("Escape")),
+        ):
+            assert preview.count() == 0
+            show()
+            preview.wait_for()
+            assert entries["kl-range-bound"]["title"] in preview.text_content()
+            formulas = preview.locator(".katex-html")
+            beside = statement.locator(":not(.ldyn-badge *) > .katex > .katex-html")
+            assert formulas.count() == beside.count() > 0
+            assert formulas.first.bounding_box()["width"] > 0
+            assert preview.locator("[id]:not(svg *), a, .ldyn-badge").count() == 0
+            box = preview.bounding_box()
+            assert box["width"] <= 510 and box["x"] >= 0 and box["x"] + box["width"] <= 1280
+            leave()
+            preview.wait_for(state="detached")
+        link.click()
+        assert seen.page.url.endswith("#kl-range-bound")
+        assert seen.complaints == []
+
+
 def test_every_statement_has_its_badge(visit: Open, chapter: str) -> None:
     stated = [row["label"] for row in json.loads(LEDGER.read_text()) if f"{row['page']}.html" == chapter]
     with visit(chapter) as seen:
