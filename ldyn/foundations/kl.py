@@ -71,10 +71,7 @@ def categorical_kl(logits: Tensor, new_logits: Tensor) -> Tensor:
         ValueError: If an argument is no finite non-empty floating-point tensor with a last dimension, or the two
             differ in shape, dtype or device.
     """
-    _checks.require_real(logits, "logits", min_ndim=1)
-    _checks.require_real(new_logits, "new_logits", min_ndim=1)
-    _checks.require_shape(new_logits, "new_logits", logits.shape)
-    _checks.require_same(new_logits, "new_logits", logits, "logits")
+    _require_pair(logits, new_logits, "new_logits")
     wide, new_wide = _widened(logits), _widened(new_logits)
     log_p, change = _centred(wide, new_wide - wide)
     p = log_p.exp()
@@ -108,10 +105,7 @@ def kl_bounds(logits: Tensor, delta: Tensor) -> KLBounds:
         ValueError: If an argument is no finite non-empty floating-point tensor with a last dimension, or the two
             differ in shape, dtype or device.
     """
-    _checks.require_real(logits, "logits", min_ndim=1)
-    _checks.require_real(delta, "delta", min_ndim=1)
-    _checks.require_shape(delta, "delta", logits.shape)
-    _checks.require_same(delta, "delta", logits, "logits")
+    _require_pair(logits, delta, "delta")
     step = _widened(delta)
     reach = step.amax(-1) - step.amin(-1)
     log_p, change = _centred(_widened(logits), step)
@@ -236,6 +230,14 @@ def sgd_step_norm_bound(lr: float, weight_decay: float, param_norm: float, clip:
     decay = _checks.require_nonnegative(weight_decay, "weight_decay")
     norm = _checks.require_nonnegative(param_norm, "param_norm")
     return rate * (_checks.require_nonnegative(clip, "clip") + decay * norm)
+
+
+def _require_pair(logits: Tensor, other: Tensor, name: str) -> None:
+    """Check two tensors (..., V) that belong together, the first being the logits."""
+    for value, called in ((logits, "logits"), (other, name)):
+        _checks.require_real(value, called, min_ndim=1)
+    _checks.require_shape(other, name, logits.shape)
+    _checks.require_same(other, name, logits, "logits")
 
 
 def _widened(value: Tensor) -> Tensor:
