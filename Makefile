@@ -78,8 +78,7 @@ nbval: book
 
 site: book
 	@echo '==> reading the site in a browser'
-	@$(PY) -m pytest -n 2 -m 'not timing' tests/site
-	@$(PY) -m pytest -m timing tests/site
+	@$(PY) -m pytest -n 2 tests/site
 
 notebooks: book
 	@$(PY) book/_ext/plain_notebooks.py $(EXECUTED)/book notebooks

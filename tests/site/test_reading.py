@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import suppress
 
@@ -12,7 +11,6 @@ from playwright.sync_api import Page, TimeoutError
 
 from .conftest import SITE, Open, pages
 
-TYPESET_LIMIT = 1500  # milliseconds
 RAW_TEX = re.compile(r"\$[^$\n]{1,200}\$|\\[\[\](]|\\(?:frac|sum|mathbb|operatorname|Sigma|Delta|begin|text)\b")
 OPEN_ALL = """() => {
   document.querySelectorAll('details').forEach(element => { element.open = true });
@@ -66,27 +64,6 @@ def test_mathematics_is_typeset(visit: Open, path: str) -> None:
         empty = "elements => elements.filter(e => e.getBoundingClientRect().width === 0).length"
         seen.page.evaluate(OPEN_ALL)
         assert seen.page.locator(".katex-html").evaluate_all(empty) == 0
-
-
-@pytest.mark.timing
-def test_mathematics_is_complete_in_time(visit: Open, chapter: str) -> None:
-    """From asking for a page to its last font, on the clock; on a busy machine, in the browser's own working time."""
-    clock, work = zip(*(time_to_complete(visit, chapter) for _ in range(3)), strict=True)
-    busy = os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
-    assert min(clock) < TYPESET_LIMIT or (busy and min(work) < TYPESET_LIMIT), (clock, work)
-
-
-def time_to_complete(visit: Open, chapter: str) -> tuple[float, float]:
-    """Milliseconds until the page is complete: of the clock, and of the page's thread alone."""
-    with visit(chapter) as seen:
-        assert seen.page.locator(".katex").count() > 0
-        clock = float(seen.page.evaluate("document.fonts.ready.then(() => performance.now())"))
-        session = seen.page.context.new_cdp_session(seen.page)
-        session.send("Performance.enable", {"timeDomain": "threadTicks"})
-        seen.page.reload(wait_until="load")
-        seen.page.evaluate("document.fonts.ready.then(() => true)")
-        metrics = {entry["name"]: entry["value"] for entry in session.send("Performance.getMetrics")["metrics"]}
-    return clock, 1000 * metrics["TaskDuration"]
 
 
 def test_mathematics_needs_no_scripts(visit: Open, chapter: str) -> None:
