@@ -8,10 +8,16 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+import yaml
+from pygments import highlight
+from pygments.lexers import PythonLexer
+from pygments.styles import get_style_by_name
+from pygments.token import Text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "book" / "_ext"))
 
 import figures
+import highlighting
 import library_cache
 import maths
 import plain_notebooks
@@ -190,3 +196,29 @@ def test_a_preview_carries_no_anchor_link_or_evidence() -> None:
 def test_only_references_in_the_text_have_previews() -> None:
     body = '<a class="reference internal" href="kl.html#x"></a><a class="headerlink" href="#y"></a><a href="#z"></a>'
     assert previews.references(body, "book/foundations") == {("book/foundations/kl", "x")}
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_a_token_left_unmarked_looks_like_plain_text(mode: str) -> None:
+    settings = yaml.safe_load((Path(__file__).parents[1] / "_config.yml").read_text(encoding="utf-8"))
+    style = get_style_by_name(settings["sphinx"]["config"]["html_theme_options"][f"pygments_{mode}_style"])
+    for kind in highlighting.PLAIN:
+        assert style.style_for_token(kind) == style.style_for_token(Text), kind
+
+
+def test_only_what_has_a_colour_of_its_own_is_marked() -> None:
+    marked = highlight("from m import f\nf(a, [b])  # c\n", PythonLexer(), highlighting.PlainNamesFormatter())
+    assert 'class="kn"' in marked
+    assert 'class="c1"' in marked
+    assert not any(f'class="{plain}"' in marked for plain in ("n", "nn", "p", "w"))
+    assert "f(a, [b])" in marked
+
+
+def test_previews_start_when_their_script_is_read() -> None:
+    written = 'tips = {}\nwindow.onload = function () {\n  for (;;) { f(); };\n  console.log("done");\n};\n'
+    started = previews.start_at_once(written)
+    assert "onload" not in started
+    assert "console" not in started
+    assert "for (;;) { f(); };" in started
+    assert started.count("{") == started.count("}")
+    assert previews.start_at_once(started) == started

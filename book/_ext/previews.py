@@ -2,8 +2,8 @@
 
 sphinx-tippy collects the previews and writes them, one script for each page. Here they are made fit for this book:
 only references in the running text have one; a preview carries no evidence, no link and no anchor of its own; its
-script's name stays the same from build to build; and what was collected is kept, so that a build that writes only
-the pages that changed still knows what stands on the others.
+script's name stays the same from build to build; what was collected is kept, so that a build that writes only the
+pages that changed still knows what stands on the others; and the scripts are fetched when the page stands, not before.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from sphinx.application import Sphinx
 REFERENCE = "a.reference.internal"
 LEFT_OUT = ".ldyn-badge, .headerlink, button, script"
 CACHES = "tippy_*_cache.json"
+SCRIPTS = "_static/tippy/"
+LOADED = re.compile(r"window\.onload = function \(\) \{(.*?)console\.log\([^)]*\);\s*\};", re.DOTALL)
 
 
 def clean(html: str) -> str:
@@ -68,6 +70,18 @@ def refine(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any
     page["id_to_html"] = {name: clean(html) for name, html in page["id_to_html"].items()}
 
 
+def postpone(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Take the scripts out of the page's head; its template fetches them once the page has loaded."""
+    files = context.get("script_files", [])
+    context["later_scripts"] = [file for file in files if str(getattr(file, "filename", "")).startswith(SCRIPTS)]
+    context["script_files"] = [file for file in files if file not in context["later_scripts"]]
+
+
+def start_at_once(script: str) -> str:
+    """Let a page's script do its work when it is read: the load event it was written to wait for has gone by."""
+    return LOADED.sub(r"{\1}", script)
+
+
 def collected(app: Sphinx) -> Path:
     """Say where the previews of the pages that a build does not write are kept."""
     return Path(app.doctreedir) / "previews.pickle"
@@ -93,6 +107,8 @@ def keep(app: Sphinx, exception: Exception | None) -> None:
         collected(app).write_bytes(pickle.dumps(sphinx_tippy.get_tippy_data(app)["pages"]))
         for cache in Path(app.outdir).glob(CACHES):
             cache.unlink()
+        for script in (Path(app.outdir) / SCRIPTS).rglob("*.previews.js"):
+            script.write_text(start_at_once(script.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -102,5 +118,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("builder-inited", recall)
     app.connect("env-updated", forget)
     app.connect("html-page-context", refine, priority=451)  # sphinx-tippy collects at 450
+    app.connect("html-page-context", postpone, priority=900)  # after every script has been named
     app.connect("build-finished", keep, priority=501)  # sphinx-tippy writes at 500
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": False}
