@@ -1,4 +1,4 @@
-"""Small networks, and a training loop whose every step can be looked at before it is taken."""
+"""Small networks, a pretrained language model, and training steps that can be looked at before they are taken."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +11,21 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from ldyn import _checks
+from ldyn._language import LanguageModel, causal_transformer, double_precision, language_model
 
-__all__ = ["ACTIVATIONS", "SGDStep", "evaluate", "flat_parameters", "mlp", "moved", "sgd"]
+__all__ = [
+    "ACTIVATIONS",
+    "LanguageModel",
+    "SGDStep",
+    "causal_transformer",
+    "double_precision",
+    "evaluate",
+    "flat_parameters",
+    "language_model",
+    "mlp",
+    "moved",
+    "sgd",
+]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A function of a model's outputs and the targets to one number."""
@@ -28,7 +41,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 """The activations `mlp` knows, by name."""
 
-_GAIN = {"gelu": 2**0.5, "relu": 2**0.5, "silu": 2**0.5}
+GAIN: dict[str, float] = {"gelu": 2**0.5, "relu": 2**0.5, "silu": 2**0.5}
+"""Standard deviation of the weights, times the root of the fan-in, for activations where it is not 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +104,7 @@ def mlp(
         # Built without storage, so that the default initialisation draws nothing from the global generator.
         layer = nn.Linear(fan_in, fan_out, bias=bias, dtype=dtype, device="meta").to_empty(device="cpu")
         with torch.no_grad():
-            layer.weight.normal_(0.0, _GAIN.get(activation, 1.0) * fan_in**-0.5, generator=generator)
+            layer.weight.normal_(0.0, GAIN.get(activation, 1.0) * fan_in**-0.5, generator=generator)
             if bias:
                 layer.bias.zero_()
         layers += [layer, ACTIVATIONS[activation]()]

@@ -56,6 +56,15 @@ def test_non_finite_is_refused_and_counted(bad):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_finite_values_whose_sum_overflows_are_accepted(dtype):
+    _checks.require_finite(torch.full((4,), torch.finfo(dtype).max, dtype=dtype), "x")
+
+
+def test_infinities_that_cancel_are_refused():
+    refused("^x: expected finite values", _checks.require_finite, torch.tensor([float("inf"), -float("inf")]), "x")
+
+
 @pytest.mark.parametrize(
     ("size", "shape"),
     [((2, 3), (2, 3)), ((2, 3), (None, 3)), ((4, 3, 3), ("...", "V", "V")), ((3,), ("...", "V")), ((), ())],

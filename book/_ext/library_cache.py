@@ -29,7 +29,7 @@ def library_hash(root: Path) -> str:
     """Hash the library's files, the lock file and the interpreter's version."""
     digest = hashlib.sha256(sys.version.split()[0].encode())
     library = (path for path in (root / "ldyn").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    for path in [root / "requirements.lock", *sorted(library)]:
+    for path in [*sorted(root.glob("requirements*.lock")), *sorted(library)]:
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

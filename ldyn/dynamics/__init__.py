@@ -1,0 +1,1 @@
+"""How one step of training changes predictions: one module for each chapter of the part *Dynamics*."""
