@@ -155,26 +155,23 @@ def explicit(model, x_o, x_u, y, lr):
         parts = torch.autograd.grad(scalar, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def logits(x):
-        out = model(x)
-        return out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
-
-    z = logits(x_u)
+    z = logits_in(model(x_u))
     gradient = flat(functional.cross_entropy(z.reshape(-1, z.shape[-1]), y.reshape(-1)))
-    z = logits(x_o)
+    z = logits_in(model(x_o))
     change = torch.stack([-lr * flat(entry) @ gradient for entry in z.reshape(-1)]).view_as(z)
     return change - (z.softmax(-1) * change).sum(-1, keepdim=True)
 
 
 def targets(model, x):
     with torch.no_grad():
-        shape = explicit_shape(copy.deepcopy(model), x)
+        shape = logits_in(copy.deepcopy(model)(x)).shape
     return torch.randint(0, shape[-1], shape[:-1], generator=torch.Generator().manual_seed(3))
 
 
-def explicit_shape(model, x):
-    out = model(x)
-    return (out[0] if isinstance(out, tuple) else getattr(out, "logits", out)).shape
+def logits_in(output):
+    if isinstance(output, tuple):
+        return output[0]
+    return output["logits"] if type(output) is dict else getattr(output, "logits", output)
 
 
 def snapshot(model):

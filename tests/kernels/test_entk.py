@@ -327,3 +327,11 @@ def test_language_models_of_hugging_face(config):
     kernel = entk(model, x, method="structured")
     assert kernel.shape == (3, 3, 52, 52)
     assert off(kernel[:, :, ::7, ::7], torch.einsum("iap,jbp->ijab", own, own)) < 1e-12
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_the_stacked_kernel_of_one_set_is_symmetric_to_the_last_bit(chunk_size):
+    x = torch.randn(5, 7, dtype=F64, generator=torch.Generator().manual_seed(0))
+    for model in (mlp((7, 16, 3)), mlp((7, 130, 90, 3), activation="relu")):
+        kernel = entk(model, x, chunk_size=chunk_size)
+        assert torch.equal(kernel, kernel.permute(1, 0, 3, 2))
