@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import memory
 import numpy as np
 import table
 import torch
@@ -192,32 +193,17 @@ def layered_rows() -> Iterator[table.Row]:
         )
 
 
-PEAK = """
-import sys, torch
-from pathlib import Path
+SETUP = """
+import torch
 from ldyn.kernels.entk import entk
 from ldyn.models import mlp
-
-def status(key):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 1024
 
 torch.set_num_threads(1)
 width, count = int(sys.argv[1]), int(sys.argv[2])
 model = mlp((64, width, width, width, 10), activation="relu")
 x = torch.randn(count, 64, dtype=torch.float64)
 entk(mlp((64, 8, 10)), x[:2])
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-before = status("VmRSS")
-entk(model, x)
-print(status("VmHWM") - before)
 """
-
-
-def peak(width: int, count: int) -> float:
-    """Return by how many MB a kernel raises the resident memory of a process of its own, at the peak."""
-    command = [sys.executable, "-c", PEAK, str(width), str(count)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def memory_rows() -> Iterator[table.Row]:
@@ -230,7 +216,7 @@ def memory_rows() -> Iterator[table.Row]:
         # the kernel and one temporary of its size; activations, their gradients for each output, and one sweep's
         # temporaries; a copy of the parameters; and 20 MB for whatever the libraries keep
         budget = 20 + (2 * (count * outputs) ** 2 + 2 * activations + parameters) * 8 / 2**20
-        used = peak(width, count)
+        used = memory.growth(SETUP, "entk(model, x)", width, count)
         yield table.Row(
             f"peak memory of a network of width {width}, N = {count}",
             f"{used:.0f} MB",

@@ -9,7 +9,18 @@ import table
 from playwright.sync_api import Browser, sync_playwright
 
 SITE = Path(__file__).parents[2] / "_build" / "html"
-PAGES = ("index", "verification", "foundations/jacobians", "foundations/softmax", "foundations/kl")
+PAGES = (
+    "index",
+    "verification",
+    "foundations/jacobians",
+    "foundations/softmax",
+    "foundations/kl",
+    "dynamics/akg",
+    "dynamics/sequences",
+    "kernels/entk",
+    "kernels/width",
+    "kernels/regression",
+)
 ROUNDS = 5
 LIMIT = 1500  # milliseconds
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
+import memory
 import table
 import torch
 from torch.nn import functional
@@ -16,22 +15,30 @@ from ldyn.models import language_model
 QUESTION, ANSWER = "In which year did the Titanic sink?", "The Titanic sank in 1912."
 PLAIN = "one forward and backward pass"
 
-PEAK = """
-import resource, sys
+SETUP = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from ldyn.dynamics import sequences as sq
+
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=int(sys.argv[1]), hidden_size=64, intermediate_size=128,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)).eval()
+
+def build(vocabulary):
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).eval()
+
 batch = sq.pack([[1, 2, 3]], [list(range(4, 12))])
-if sys.argv[2] == "prediction":
+
+def prediction(model):
     sq.predicted_change(model, batch, batch, lr=1e-3)
-else:
+
+def plain(model):
     logits = model(batch.tokens).logits
     torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+work, model = {"prediction": prediction, "plain": plain}[sys.argv[2]], build(int(sys.argv[1]))
+work(build(16))
 """
 
 
@@ -56,16 +63,10 @@ def time_rows() -> Iterator[table.Row]:
     yield table.at_most("sequence kernel of four responses, 4 × 4", here, PLAIN + " over the four", there, 3.0)
 
 
-def peak(vocabulary: int, work: str) -> float:
-    """Return the peak memory of a process in MB."""
-    command = [sys.executable, "-c", PEAK, str(vocabulary), work]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def memory_rows() -> Iterator[table.Row]:
     """Measure how the peak memory of a prediction grows with the vocabulary."""
     for vocabulary in (4096, 65536):
-        here, there = peak(vocabulary, "prediction"), peak(vocabulary, "plain")
+        here, there = (memory.growth(SETUP, "work(model)", vocabulary, work) for work in ("prediction", "plain"))
         block = vocabulary**2 * 4 / 2**20
         # parameters, their copy, the gradient and the step: a handful of tensors of size V·h, not V²
         budget = there + 4 * vocabulary * 64 * 4 / 2**20 + 32
