@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ldyn import _checks
 
-__all__ = ["Loss", "Reduction", "energy", "scalar_loss"]
+__all__ = ["Loss", "Reduction", "energy", "logit_gradient", "scalar_loss"]
 
 Loss = Literal["cross_entropy"] | Callable[[Tensor, Any], Tensor]
 """The cross-entropy, or a function of logits (..., V) and targets to the scalar that the step descends."""
@@ -38,14 +38,20 @@ def energy(logits: Tensor, targets: Any, *, loss: Loss = "cross_entropy", reduct
     Raises:
         ValueError: If targets or loss do not fit the logits, or a reduction is given for a loss that is a function.
     """
-    measure = scalar_loss(targets, loss, reduction)
+    return logit_gradient(logits, scalar_loss(targets, loss, reduction))
+
+
+def logit_gradient(logits: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """Differentiate a scalar function of the logits, (..., V) to (..., V)."""
     with torch.inference_mode(False), torch.enable_grad():
         z = _checks.require_real(logits, "logits", min_ndim=1).detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(measure(z), z)
     return gradient
 
 
-def scalar_loss(targets: Any, loss: Loss, reduction: Reduction | None) -> Callable[[Tensor], Tensor]:
+def scalar_loss(
+    targets: Any, loss: Loss, reduction: Reduction | None, *, name: str = "targets"
+) -> Callable[[Tensor], Tensor]:
     """Close a loss over its targets; the result checks what depends on the logits."""
     if reduction not in (None, "mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {_checks.describe(reduction)}")
@@ -55,26 +61,26 @@ def scalar_loss(targets: Any, loss: Loss, reduction: Reduction | None) -> Callab
         return lambda logits: _require_scalar(loss(logits, targets))
     if loss != "cross_entropy":
         raise ValueError(f"loss: expected 'cross_entropy' or a function, got {_checks.describe(loss)}")
-    return lambda logits: _cross_entropy(logits, targets, reduction or "mean")
+    return lambda logits: _cross_entropy(logits, targets, reduction or "mean", name)
 
 
-def _cross_entropy(logits: Tensor, targets: Any, reduction: Reduction) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Any, reduction: Reduction, name: str) -> Tensor:
     """Compute the cross-entropy over all contexts, against labels or probabilities."""
-    known = _checks.require_tensor(targets, "targets")
+    known = _checks.require_tensor(targets, name)
     if known.device != logits.device:
-        raise ValueError(f"targets: expected the device of the logits ({logits.device}), got {known.device}")
+        raise ValueError(f"{name}: expected the device of the logits ({logits.device}), got {known.device}")
     rows = logits.reshape(-1, logits.shape[-1])
     if known.is_floating_point():
-        _checks.require_shape(known, "targets, as probabilities", logits.shape)
-        _checks.require_same(known, "targets, as probabilities", logits, "the logits")
-        _checks.require_probabilities(known, "targets")
+        _checks.require_shape(known, f"{name}, as probabilities", logits.shape)
+        _checks.require_same(known, f"{name}, as probabilities", logits, "the logits")
+        _checks.require_probabilities(known, name)
         return functional.cross_entropy(rows, known.detach().reshape(rows.shape), reduction=reduction)
-    _checks.require_shape(known, "targets, as labels", logits.shape[:-1])
+    _checks.require_shape(known, f"{name}, as labels", logits.shape[:-1])
     if known.dtype == torch.bool or known.is_complex():
-        raise ValueError(f"targets: expected integer labels or probabilities, got {_checks.describe(known)}")
+        raise ValueError(f"{name}: expected integer labels or probabilities, got {_checks.describe(known)}")
     if _checks.known_truth(((known >= 0) & (known < logits.shape[-1])).all()) is False:
         raise ValueError(
-            f"targets: expected labels from 0 to {logits.shape[-1] - 1}, got {int(known.min())} to {int(known.max())}"
+            f"{name}: expected labels from 0 to {logits.shape[-1] - 1}, got {int(known.min())} to {int(known.max())}"
         )
     return functional.cross_entropy(rows, known.reshape(-1).long(), reduction=reduction)
 

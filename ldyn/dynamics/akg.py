@@ -27,7 +27,7 @@ from ldyn.dynamics._change import (
     remainder_bound,
     remainder_interval,
 )
-from ldyn.dynamics._losses import Loss, Reduction, energy, scalar_loss
+from ldyn.dynamics._losses import Loss, Reduction, energy, logit_gradient, scalar_loss
 from ldyn.dynamics._optimizers import Gradients, OptimizerStep, optimizer_step
 from ldyn.foundations.softmax import log_softmax_jacobian
 from ldyn.kernels.entk import entk
@@ -140,7 +140,7 @@ def akg(
     updated = forward(model, x_u, parameters=parameters, name="x_u")
     for value in (observed, updated):
         _checks.require_tensor(value, "model, its output (for more dimensions use predicted_change)", ndim=2)
-    G = energy(updated, y_u, loss=loss, reduction=reduction)
+    G = logit_gradient(updated, scalar_loss(y_u, loss, reduction, name="y_u"))
     return AKG(log_softmax_jacobian(observed), entk(model, x_o, x_u), G)
 
 
@@ -185,7 +185,7 @@ def predicted_logits(
         raise ValueError(f"lr: expected either lr or optimizer, got {'neither' if lr is None else 'both'}")
     rate = None if lr is None else _checks.require_number(lr, "lr")
     parameters = copied_parameters(model)
-    slopes = gradients(model, x_u, scalar_loss(y_u, loss, reduction), parameters=parameters, name="x_u")
+    slopes = gradients(model, x_u, scalar_loss(y_u, loss, reduction, name="y_u"), parameters=parameters, name="x_u")
     if rate is not None:
         uphill = {name: slope for name, slope in slopes.items() if slope is not None}
         logits, slope = pushforward(model, x_o, uphill, parameters=parameters, name="x_o")
