@@ -22,6 +22,8 @@
     const elements = document.querySelectorAll(selector);
     const observer = new ResizeObserver((entries) => entries.forEach((entry) => update(entry.target)));
     elements.forEach((element) => observer.observe(element));
+    // a font that arrives changes what is inside, and not the box that is observed
+    document.fonts.addEventListener("loadingdone", () => elements.forEach(update));
     document.addEventListener("toggle", (event) => {
       event.target.querySelectorAll?.(selector).forEach(update);
     }, true);
