@@ -93,7 +93,7 @@ class Features:
             other: Another chunk, of N2 examples.
 
         Returns:
-            (C, N, C, N2) with index [a, i, b, j].
+            (C, N, C, N2) with index [a, i, b, j]; exactly symmetric for a chunk with itself.
         """
         first = self._settings.frozen.first
         block = first.new_zeros(self._width, length(self._batch), self._width, length(other._batch))
@@ -107,6 +107,9 @@ class Features:
         names = tuple(name for name in self._settings.watched if name in general)
         if names:
             add_gram(block, self._plain(names), other._plain(names))
+        if other is self:  # symmetric to the last bit, not up to rounding
+            square = block.view(block.shape[0] * block.shape[1], -1).triu_()
+            square += square.triu(1).T
         return block
 
     def _plain(self, names: tuple[str, ...]) -> Factor:

@@ -145,7 +145,8 @@ def add_gram(block: Tensor, left: Factor, right: Factor) -> None:
     Args:
         block: (C, N1, C, N2), contiguous; changed.
         left: Contributions to a parameter from N1 examples.
-        right: Contributions of the same form from N2 examples.
+        right: Contributions of the same form from N2 examples. Where it is `left` itself, what stands below the
+            diagonal of the block, read as a matrix, is left undefined.
     """
     if isinstance(left, Direct) and isinstance(right, Direct):
         _add_product(_matrix(block), left.grads.flatten(0, 1), right.grads.flatten(0, 1), same=left is right)
@@ -187,20 +188,18 @@ def _matrix(block: Tensor) -> Tensor:
 
 
 def _ranges(size: int) -> list[tuple[int, int]]:
-    """Cut a range into four, for products whose other triangle is known by symmetry."""
+    """Cut a range into four, for products of which only the upper triangle is wanted."""
     cuts = [size * k // 4 for k in range(5)]
     return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
 
 
 def _add_product(total: Tensor, one: Tensor, two: Tensor, *, same: bool) -> None:
-    """Add one · twoᵀ, its upper triangle only and mirrored if the two are the same."""
+    """Add one · twoᵀ, its upper triangle alone if the two are the same."""
     if not same or len(one) < 64:
         total.addmm_(one, two.T)
         return
     for start, stop in _ranges(len(one)):
-        part = one[start:stop] @ one[start:].T
-        total[start:stop, start:] += part
-        total[stop:, start:stop] += part[:, stop - start :].T
+        total[start:stop, start:].addmm_(one[start:stop], one[start:].T)
 
 
 def _add_without_positions(block: Tensor, left: Outer, right: Outer) -> None:
@@ -225,9 +224,8 @@ def _add_without_positions(block: Tensor, left: Outer, right: Outer) -> None:
         return
     for start, stop in _ranges(len(one)):
         outer = one[start:stop].flatten(0, 1) @ one[start:].flatten(0, 1).T
-        part = outer.view(stop - start, len(inner), -1, len(inner)).mul_(inner[None, :, None, :])
-        block[start:stop, :, start:] += part
-        block[stop:, :, start:stop] += part[:, :, stop - start :].permute(2, 3, 0, 1)
+        part = outer.view(stop - start, len(inner), -1, len(inner))
+        block[start:stop, :, start:].addcmul_(part, inner[None, :, None, :])
 
 
 def _one_hot(grads: Tensor) -> tuple[Tensor, Tensor] | None:

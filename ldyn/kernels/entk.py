@@ -230,9 +230,6 @@ def _fill(total: Tensor, settings: Settings, sides: tuple[Batch, Batch], size: i
                 same = symmetric and column == row
                 two = one if same else Features(settings, take(right, column))
                 block = one.gram(two)
-                if same:  # symmetric to the last bit, not up to rounding
-                    square = block.view(block.shape[0] * block.shape[1], -1).triu_()
-                    square += square.triu(1).T
                 total[:, row, :, column] = block
                 if symmetric and not same:
                     total[:, column, :, row] = block.permute(2, 3, 0, 1)
