@@ -38,23 +38,24 @@ class Linearization:
         size: number P of parameters.
     """
 
-    def __init__(self, model: nn.Module, x: Inputs) -> None:
+    def __init__(self, model: nn.Module, x: Inputs, *, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Run the model once.
 
         Args:
             model: Any module whose output is a tensor (..., V), has such a tensor as ``.logits``, or is a
                 tuple that starts with one.
             x: One tensor, or a mapping of keyword arguments.
+            parameters: Where to linearise, by name, in place of the model's present parameters.
 
         Raises:
             ValueError: If the model is random or couples examples through batch statistics, its parameters
                 are missing or mixed in dtype or device, the input does not fit them, or the output gives no
                 finite logits that depend on the parameters.
         """
-        copies = copied_parameters(model)
+        copies = copied_parameters(model) if parameters is None else parameters
         inputs = copied_inputs(x, next(iter(copies.values())))
         with differentiable():
-            own = {name: value.requires_grad_() for name, value in copies.items()}
+            own = {name: value.detach().requires_grad_() for name, value in copies.items()}
             logits = require_attached(_called(model, own, inputs))
             self._output = logits.reshape(-1, logits.shape[-1])
         self._parameters = list(own.values())
@@ -264,7 +265,7 @@ def pushforward(
     except (NotImplementedError, RuntimeError) as error:
         if "forward AD" not in str(error) and "forward mode AD" not in str(error):
             raise
-    local = Linearization(model, x)
+    local = Linearization(model, x, parameters=copies)
     flat = [direction.get(name, torch.zeros_like(value)).reshape(-1) for name, value in copies.items()]
     change = local.jvp(torch.cat(flat).detach())
     return Pushed(local.logits.reshape(local.shape), change.reshape(local.shape))

@@ -1,5 +1,7 @@
-"""The data sets several chapters share, loaded without a network and split without surprises."""
+"""The data sets that chapters use, loaded without a network and split without surprises."""
 
+import json
+from importlib import resources
 from typing import NamedTuple
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from ldyn import _checks
 
-__all__ = ["Digits", "Split", "digits", "split"]
+__all__ = ["Digits", "Preference", "Split", "digits", "preferences", "split"]
 
 
 class Digits(NamedTuple):
@@ -34,6 +36,24 @@ class Split(NamedTuple):
     test: Digits
 
 
+class Preference(NamedTuple):
+    """A question with an answer to prefer and one to reject.
+
+    Attributes:
+        prompt: The question.
+        chosen: The preferred answer: concrete, correct, courteous.
+        rejected: The other: vague, wrong, dismissive, or claiming too much.
+        chosen_paraphrase: What the preferred answer says, in other words.
+        rejected_paraphrase: What the rejected answer says, in other words.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_paraphrase: str
+    rejected_paraphrase: str
+
+
 def digits() -> Digits:
     """Load the 1797 handwritten digits that ship with scikit-learn.
 
@@ -52,6 +72,18 @@ def digits() -> Digits:
     bunch = load_digits()
     images = torch.tensor(bunch.data, dtype=torch.float64) / 16
     return Digits(images, torch.tensor(bunch.target, dtype=torch.int64))
+
+
+def preferences() -> tuple[Preference, ...]:
+    """Load the 36 pairs of answers that were written for the chapter `book/dynamics/tracking.md`.
+
+    The data are part of the library, under the licence CC BY 4.0. Answers are short, of 5 to 20 words.
+
+    Returns:
+        The pairs, always in the same order.
+    """
+    lines = resources.files("ldyn").joinpath("_data", "preferences.jsonl").read_text(encoding="utf-8").splitlines()
+    return tuple(Preference(**json.loads(line)) for line in lines)
 
 
 def split(data: Digits, *, test_fraction: float = 0.25, seed: int = 0) -> Split:

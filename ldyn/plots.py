@@ -40,7 +40,7 @@ WIDTHS: Final = MappingProxyType({"text": 6.17, "half": 4.2})
 
 _CYCLE: Final = ("blue", "vermillion", "green", "orange", "purple", "sky")
 
-_STYLE: Final[MappingProxyType[Any, Any]] = MappingProxyType(
+STYLE: Final[MappingProxyType[Any, Any]] = MappingProxyType(
     {
         "figure.dpi": 100.0,
         "figure.facecolor": "white",
@@ -99,7 +99,7 @@ def use_style() -> None:
     from cycler import cycler
 
     mpl.rcdefaults()
-    mpl.rcParams.update(_STYLE)
+    mpl.rcParams.update(STYLE)
     mpl.rcParams["axes.prop_cycle"] = cycler(color=[PALETTE[name] for name in _CYCLE])
     _draw_svg_in_notebooks()
 

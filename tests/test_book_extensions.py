@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import nbformat
 import pytest
 import yaml
+from bs4 import BeautifulSoup
 from pygments import highlight
 from pygments.lexers import PythonLexer
 from pygments.styles import get_style_by_name
 from pygments.token import Text
+from sphinx.testing.util import SphinxTestApp
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "book" / "_ext"))
 
+import explorable
 import figures
 import highlighting
 import library_cache
@@ -222,3 +229,132 @@ def test_previews_start_when_their_script_is_read() -> None:
     assert "for (;;) { f(); };" in started
     assert started.count("{") == started.count("}")
     assert previews.start_at_once(started) == started
+
+
+STATE = {"p": "0.5, 0.3 0.2", "y": "2", "s": "1.5"}
+
+
+def test_a_live_figure_starts_inside_the_simplex() -> None:
+    assert explorable.starting_state(STATE) == {"p": [0.5, 0.3, 0.2], "y": 2, "s": 1.5}
+    assert explorable.starting_state({"p": " ".join(["0.1"] * 10), "y": " 0 ", "s": "0"})["s"] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "message"),
+    [
+        ("p", "", "p: expected a value, got none"),
+        ("p", "0.5 half", "p: expected numbers, got '0.5 half'"),
+        ("p", "1.0", "p: expected 2 to 10 probabilities, got 1"),
+        ("p", "0.05 " * 20, "p: expected 2 to 10 probabilities, got 20"),
+        ("p", "0.5 0.3 0.3", "p: expected probabilities that sum to 1, got a sum of 1.1"),
+        ("p", "0.5 0.3 0.2000001", "p: expected probabilities that sum to 1"),
+        ("p", "0.7 0.5 -0.2", "p: expected probabilities between 0.001 and 0.99"),
+        ("p", "0.5 0.5 0", "p: expected probabilities between 0.001 and 0.99"),
+        ("p", "0.5 0.5 nan", "p: expected probabilities between 0.001 and 0.99"),
+        ("y", "3", "y: expected a label from 0 to 2, got '3'"),
+        ("y", "-1", "y: expected a label from 0 to 2, got '-1'"),
+        ("y", "1.0", "y: expected a label from 0 to 2, got '1.0'"),
+        ("s", "-0.1", "s: expected one number from 0 to 30, got '-0.1'"),
+        ("s", "nan", "s: expected one number from 0 to 30"),
+        ("s", "30.5", "s: expected one number from 0 to 30"),
+        ("s", "1 2", "s: expected one number from 0 to 30"),
+    ],
+)
+def test_a_start_outside_is_refused(option: str, given: str, message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        explorable.starting_state({**STATE, option: given})
+    assert str(refused.value).startswith(message)
+
+
+DRAWN = """
+Title
+=====
+
+.. figure:: drawing.svg
+   :name: fig-static
+   :alt: a drawing
+
+   A caption.
+
+.. figure:: drawing.svg
+   :name: fig-other
+   :alt: a drawing
+
+   Another.
+"""
+PLACED = """
+.. explorable:: squeezing
+   :fallback: fig-static
+   :p: 0.5 0.3 0.2
+   :y: 2
+   :s: 1.5
+"""
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Iterator[Callable[[str], tuple[str, str, str]]]:
+    """Build a page and one beside it; return both and the warnings."""
+    (tmp_path / "conf.py").write_text("extensions = ['explorable']\nhtml_theme = 'basic'\n")
+    (tmp_path / "drawing.svg").write_text(SVG)
+    (tmp_path / "other.rst").write_text(":orphan:\n\nOther\n=====\n")
+    source, apps = tmp_path / "index.rst", list[SphinxTestApp]()
+
+    def built(text: str) -> tuple[str, str, str]:
+        if not source.exists() or source.read_text() != text:
+            source.write_text(text)
+        apps.append(SphinxTestApp("html", srcdir=tmp_path))
+        apps[-1].build()
+        pages = [(apps[-1].outdir / f"{name}.html").read_text() for name in ("index", "other")]
+        return pages[0], pages[1], apps[-1].warning.getvalue()
+
+    yield built
+    for app in apps:
+        app.cleanup()
+
+
+def test_only_the_page_with_a_live_figure_loads_its_files(build: Any, tmp_path: Path) -> None:
+    page, other, warnings = build(DRAWN + PLACED)
+    assert warnings == ""
+    place = BeautifulSoup(page, "html.parser").select_one("[data-explorable]")
+    assert place is not None and place.has_attr("hidden")
+    assert place["data-explorable"] == "squeezing"
+    assert place["data-fallback"] == "fig-static"
+    assert place["data-p"] == "[0.5, 0.3, 0.2]"
+    assert (place["data-y"], place["data-s"]) == ("2", "1.5")
+    for name in ("squeezing.js", "squeezing.css"):
+        assert f"_static/explorables/{name}" in page
+        assert f"_static/explorables/{name}" not in other
+        served = tmp_path / "_build" / "html" / "_static" / "explorables" / name
+        assert served.read_bytes() == (explorable.SOURCES / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PLACED.replace("squeezing", "stretching"), "explorable: expected one of squeezing, got stretching"),
+        (PLACED.replace("fig-static", "fig-absent"), "explorable: no figure on this page is named fig-absent"),
+        (PLACED.replace("   :fallback: fig-static\n", ""), "explorable: expected the option fallback"),
+        (PLACED.replace("0.5 0.3", "0.5 0.4"), "explorable: p: expected probabilities that sum to 1"),
+        (PLACED.replace(":y: 2", ":y: 3"), "explorable: y: expected a label from 0 to 2"),
+        (PLACED + PLACED, "explorable: the figure fig-static is replaced twice"),
+    ],
+)
+def test_a_wrong_place_is_a_warning(build: Any, text: str, message: str) -> None:
+    assert message in build(DRAWN + text)[2]
+
+
+def test_two_figures_of_a_page_can_be_live(build: Any) -> None:
+    page, _, warnings = build(DRAWN + PLACED + PLACED.replace("fig-static", "fig-other"))
+    assert warnings == ""
+    assert page.count("explorables/squeezing.js") == 1
+
+
+def test_a_changed_script_is_fetched_anew(build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explorable, "SOURCES", shutil.copytree(explorable.SOURCES, tmp_path / "_explorables"))
+    address = re.compile(r"explorables/squeezing\.js\?v=\w+")
+    first = address.search(build(DRAWN + PLACED)[0])
+    again = address.search(build(DRAWN + PLACED)[0])
+    (tmp_path / "_explorables" / "squeezing.js").write_text("// another")
+    changed = address.search(build(DRAWN + PLACED)[0])
+    assert first is not None and again is not None and changed is not None
+    assert first[0] == again[0] != changed[0]

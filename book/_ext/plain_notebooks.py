@@ -25,6 +25,7 @@ _SILENT = {
     "tableofcontents",
     "bibliography",
     "eval-rst",
+    "explorable",
     "toctree",
     "raw",
     "autofunction",

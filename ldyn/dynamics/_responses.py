@@ -170,7 +170,7 @@ def pack(
         )
     pad = _checks.require_integer(pad_token, "pad_token", minimum=0)
     pairs = [
-        (_token_numbers(prompt, f"prompts[{place}]"), _token_numbers(response, f"responses[{place}]"))
+        (token_numbers(prompt, f"prompts[{place}]"), token_numbers(response, f"responses[{place}]"))
         for place, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
     length = max(len(prompt) + len(response) for prompt, response in pairs)
@@ -231,7 +231,7 @@ def chat(
     )
 
 
-def _token_numbers(value: Sequence[int] | Tensor, name: str) -> list[int]:
+def token_numbers(value: Sequence[int] | Tensor, name: str) -> list[int]:
     """Check one sequence of token numbers and return it as a list."""
     numbers = value.tolist() if isinstance(value, Tensor) and value.ndim == 1 else value
     if isinstance(numbers, str | Tensor) or not isinstance(numbers, Sequence) or len(numbers) == 0:

@@ -14,7 +14,6 @@ descends −Σ_n w_n log π(y_n | x_n), where log π(y | x) is the sum over a re
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ldyn import _checks
-from ldyn._linearize import Linearization, forward, gradients, output_tensor, pushforward
+from ldyn._linearize import Linearization, forward, gradients, pushforward
 from ldyn.dynamics._change import centred
+from ldyn.dynamics._response_logits import ResponseLogits, response_inputs
 from ldyn.dynamics._responses import Reduction, Responses, chat, pack, require_reduction
 from ldyn.dynamics.akg import AKG, Optimizer, energy, predicted_logits
 from ldyn.foundations.softmax import log_softmax_jacobian
@@ -79,7 +79,7 @@ def response_logits(model: nn.Module, batch: Responses) -> Tensor:
             logits (N, T, V), a selected one is not finite, a token is not in the vocabulary, or the batch is padded
             on the left and the model accepts no mask.
     """
-    return forward(_ResponseLogits(model), _inputs(model, batch, "batch"))
+    return forward(ResponseLogits(model), response_inputs(model, batch, "batch"))
 
 
 def token_log_probs(model: nn.Module, batch: Responses) -> Tensor:
@@ -139,7 +139,7 @@ def log_prob_gradient(
         ValueError: As in `response_logits`, or if the reduction or the weights are not as expected.
     """
     loss = _supervised_loss(model, batch, reduction, weights)
-    slopes = gradients(_ResponseLogits(model), _inputs(model, batch, "batch"), lambda logits: loss(logits, None))
+    slopes = gradients(ResponseLogits(model), response_inputs(model, batch, "batch"), lambda logits: loss(logits, None))
     parts = zip(slopes.values(), model.parameters(), strict=True)
     return -torch.cat([value.new_zeros(value.numel()) if part is None else part.reshape(-1) for part, value in parts])
 
@@ -165,10 +165,10 @@ def predicted_change_along(
         ValueError: As in `response_logits`, or if the change does not fit the parameters.
     """
     require_reduction(reduction)
-    inputs, size = _inputs(model, observed, "observed"), sum(value.numel() for value in model.parameters())
+    inputs, size = response_inputs(model, observed, "observed"), sum(value.numel() for value in model.parameters())
     vector = _checks.require_shape(_checks.require_real(delta, "delta", ndim=1), "delta", (size,))
     _checks.require_same(vector, "delta", next(model.parameters()), "the model's parameters")
-    return _token_change(*pushforward(_ResponseLogits(model), inputs, vector.detach()), observed, reduction)
+    return _token_change(*pushforward(ResponseLogits(model), inputs, vector.detach()), observed, reduction)
 
 
 def predicted_change(
@@ -205,9 +205,9 @@ def predicted_change(
             is not as expected.
     """
     view, watched, learned = (
-        _ResponseLogits(model),
-        _inputs(model, observed, "observed"),
-        _inputs(model, updated, "updated"),
+        ResponseLogits(model),
+        response_inputs(model, observed, "observed"),
+        response_inputs(model, updated, "updated"),
     )
     loss = _supervised_loss(model, updated, reduction, weights)
     moved = predicted_logits(view, watched, learned, None, lr=lr, optimizer=optimizer, loss=loss)
@@ -242,8 +242,8 @@ def sequence_kernel(
         ValueError: As in `response_logits`, or if the reduction or the chunk size is not as expected.
     """
     require_reduction(reduction)
-    rows = _inputs(model, first, "first")
-    columns = None if second is None else _inputs(model, second, "second")
+    rows = response_inputs(model, first, "first")
+    columns = None if second is None else response_inputs(model, second, "second")
     return entk(_LogProbs(model, reduction), rows, columns, chunk_size=chunk_size)[:, :, 0, 0]
 
 
@@ -273,36 +273,12 @@ def token_akg(
     Raises:
         ValueError: As in `response_logits`, or if an argument is not as expected.
     """
-    view = _ResponseLogits(model)
-    watched = Linearization(view, _inputs(model, observed, "observed"))
-    learned = Linearization(view, _inputs(model, updated, "updated"))
+    view = ResponseLogits(model)
+    watched = Linearization(view, response_inputs(model, observed, "observed"))
+    learned = Linearization(view, response_inputs(model, updated, "updated"))
     loss = _supervised_loss(model, updated, reduction, weights)
     kernel = torch.einsum("map,lbp->mlab", _jacobian(watched), _jacobian(learned))
     return AKG(log_softmax_jacobian(watched.logits), kernel, energy(learned.logits, None, loss=loss))
-
-
-class _ResponseLogits(nn.Module):
-    """A causal language model as a map from a batch to the logits that predict its response tokens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = _checks.require_eval_mode(model, "model")
-        self.accepts = frozenset(inspect.signature(model.forward).parameters)
-
-    def forward(self, tokens: Tensor, real: Tensor, response: Tensor) -> Tensor:
-        """Return (M, V): the logits one place before each response token."""
-        if "input_ids" in self.accepts:
-            places = (real.cumsum(1) - 1).clamp(min=0)
-            offered = {"attention_mask": real.long(), "position_ids": places, "use_cache": False}
-            output = self.model(input_ids=tokens, **{k: v for k, v in offered.items() if k in self.accepts})
-        else:
-            output = self.model(tokens)
-        logits = output_tensor(output)  # nothing asked of its entries, which may be infinite where none is selected
-        if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
-            size = ", ".join(map(str, tokens.shape))
-            raise ValueError(f"model: expected logits of shape ({size}, V), got {_checks.describe(logits)}")
-        selected: Tensor = logits[:, :-1][response[:, 1:]]
-        return selected
 
 
 class _LogProbs(nn.Module):
@@ -310,32 +286,13 @@ class _LogProbs(nn.Module):
 
     def __init__(self, model: nn.Module, reduction: Reduction) -> None:
         super().__init__()
-        self.view, self.reduction = _ResponseLogits(model), reduction
+        self.view, self.reduction = ResponseLogits(model), reduction
 
     def forward(self, tokens: Tensor, real: Tensor, response: Tensor) -> Tensor:
         """Return (N, 1)."""
         batch = Responses(tokens, real, response)
         values = _at_targets(torch.log_softmax(self.view(tokens, real, response), -1), batch)
         return batch.reduce(values, reduction=self.reduction)[:, None]
-
-
-def _inputs(model: nn.Module, batch: Responses, name: str) -> dict[str, Tensor]:
-    """Check that a batch can be given to a model and turn it into the arguments of `_ResponseLogits`."""
-    if not isinstance(batch, Responses):
-        raise ValueError(f"{name}: expected Responses, as pack and chat make them, got {_checks.describe(batch)}")
-    accepts = inspect.signature(_checks.require_eval_mode(model, "model").forward).parameters
-    place = next((value.device for value in model.parameters()), batch.tokens.device)
-    if batch.tokens.device != place:
-        raise ValueError(f"{name}: expected the model's device {place}, got {batch.tokens.device}")
-    vocabulary = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", None)
-    if vocabulary is not None and _checks.known_truth((batch.tokens < vocabulary).all()) is False:
-        raise ValueError(f"{name}: expected token numbers below {vocabulary}, got {int(batch.tokens.max())}")
-    if not {"attention_mask", "position_ids"} <= set(accepts) and not bool(batch.real[:, 0].all()):
-        raise ValueError(
-            f"{name}: expected padding on the right, for a model without attention_mask and position_ids, "
-            "got it on the left"
-        )
-    return {"tokens": batch.tokens, "real": batch.real, "response": batch.response}
 
 
 def _supervised_loss(

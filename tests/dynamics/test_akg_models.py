@@ -229,7 +229,7 @@ def test_a_direction_by_name_may_leave_parameters_out():
 
 
 def test_forward_mode_is_used_where_it_exists(monkeypatch):
-    def forbidden(*_):
+    def forbidden(*_, **__):
         raise AssertionError("reverse mode")
 
     monkeypatch.setattr(_linearize.Linearization, "__init__", forbidden)
