@@ -12,6 +12,7 @@ from torch import nn
 import ldyn._language as language
 from ldyn.dynamics import sequences as sq
 from ldyn.models import causal_transformer, double_precision, flat_parameters, language_model, moved
+from tests.language_models import small
 
 F64 = torch.float64
 
@@ -25,21 +26,7 @@ def folder(tmp_path_factory):
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<end>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>").save_pretrained(place)
-    config = transformers.LlamaConfig(
-        vocab_size=6,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.5,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    small("Llama", tied=True, vocab_size=6, bos_token_id=0, eos_token_id=0).save_pretrained(place)
     return place
 
 

@@ -10,51 +10,20 @@ from torch import nn
 
 from ldyn.dynamics import sequences as sq
 from ldyn.models import causal_transformer, double_precision, flat_parameters, moved
+from tests.language_models import small
 
 F64 = torch.float64
 OBSERVED = ([[1, 2], [3], [5, 0, 2]], [[4, 5, 6], [2, 2], [10]])
 UPDATED = ([[1, 3, 4], [6]], [[0, 6, 1], [2, 3]])
 
 
-def llama(transformers, *, tied):
-    return transformers.LlamaConfig(
-        vocab_size=11,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        tie_word_embeddings=tied,
-    )
+TIED = ["Llama tied", "GPT2 tied"]
 
 
-def gpt2(transformers, *, tied):
-    return transformers.GPT2Config(
-        vocab_size=11,
-        n_embd=8,
-        n_layer=2,
-        n_head=2,
-        n_positions=32,
-        initializer_range=0.5,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-
-
-TIED = ["llama tied", "gpt2 tied"]
-
-
-@pytest.fixture(scope="module", params=[*TIED, "llama", "gpt2"])
+@pytest.fixture(scope="module", params=[*TIED, "Llama", "GPT2"])
 def model(request):
-    transformers = pytest.importorskip("transformers")
-    family = {"llama": llama, "gpt2": gpt2}[request.param.split()[0]]
-    config = family(transformers, tied=request.param.endswith("tied"))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return double_precision(transformers.AutoModelForCausalLM.from_config(config).eval())
+    family, *tied = request.param.split()
+    return double_precision(small(family, tied=bool(tied)))
 
 
 def log_prob(model, prompt, response):

@@ -9,6 +9,7 @@ import torch
 from ldyn.dynamics import sequences as sq
 from ldyn.dynamics import tracking as tk
 from ldyn.models import flat_parameters
+from tests.language_models import small
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -22,20 +23,7 @@ DATA = [
 
 @pytest.fixture
 def model():
-    config = transformers.LlamaConfig(
-        vocab_size=11,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        initializer_range=0.5,
-        attention_dropout=0.1,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(config)
+    return small("Llama", num_hidden_layers=1, attention_dropout=0.1)
 
 
 class Witness(transformers.TrainerCallback):

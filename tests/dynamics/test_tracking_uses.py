@@ -13,6 +13,7 @@ from torch import nn
 from ldyn import plots
 from ldyn.dynamics import tracking as tk
 from ldyn.models import causal_transformer, double_precision
+from tests.language_models import small
 
 F64 = torch.float64
 V = 9
@@ -28,19 +29,7 @@ def tiny(**options):
 
 
 def llama(**options):
-    transformers = pytest.importorskip("transformers")
-    settings = {
-        "vocab_size": V,
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "initializer_range": 0.5,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return double_precision(transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, **options)).eval())
+    return double_precision(small("Llama", vocab_size=V, **options))
 
 
 def recorded(*, phases=("train",), predict=True, probes=PROBES):

@@ -16,6 +16,7 @@ from ldyn.kernels import entk as module
 from ldyn.kernels.entk import entk, entk_vector_product, pntk
 from ldyn.models import mlp
 from tests.kernels.odd_models import Calls, build, one_by_one, vectors, weight
+from tests.language_models import small
 
 F64 = torch.float64
 
@@ -301,20 +302,11 @@ def test_a_weight_modified_after_use_is_refused_or_right():
     assert off(entk(model, x, method="structured"), torch.einsum("iap,jbp->ijab", own, own)) < 1e-12
 
 
-@pytest.mark.parametrize("config", ["llama", "gpt2", "llama, tied", "qwen2"])
+@pytest.mark.parametrize("config", ["Llama", "GPT2", "Llama tied", "Qwen2"])
 def test_language_models_of_hugging_face(config):
     """Rotary positions, grouped heads, hand-made RMSNorm, fused projections, ties, masks; every position."""
-    transformers = pytest.importorskip("transformers")
-    small = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    if config == "gpt2":
-        architecture = transformers.GPT2Config(vocab_size=13, n_embd=8, n_layer=2, n_head=2, n_positions=9)
-    elif config == "qwen2":
-        architecture = transformers.Qwen2Config(vocab_size=13, num_key_value_heads=1, **small)
-    else:
-        tied = config == "llama, tied"
-        architecture = transformers.LlamaConfig(vocab_size=13, num_key_value_heads=1, tie_word_embeddings=tied, **small)
-    model = transformers.AutoModelForCausalLM.from_config(architecture).eval().to(F64)
+    family, *tied = config.split()
+    model = small(family, tied=bool(tied), vocab_size=13).to(F64)
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]])
     x = {"input_ids": torch.randint(13, (3, 4)), "attention_mask": mask, "use_cache": False}
     rows = []
