@@ -37,6 +37,9 @@ UNREACHABLE = """() => [...document.querySelectorAll('article *')].filter(e =>
   && !e.closest('details:not([open])') && e.tabIndex < 0
 ).map(e => `${e.tagName}.${e.getAttribute('class')}`)"""
 
+FIGURE_BLUE = "getComputedStyle(document.documentElement).getPropertyValue('--figure-blue').trim()"
+CODE_INKS = "[...document.querySelectorAll('article .highlight span')].map(e => getComputedStyle(e).color)"
+
 
 def unfold(page: Page) -> None:
     """Open everything, and give the page's script the time to make what now overflows reachable by keyboard."""
@@ -105,6 +108,10 @@ def test_paper(visit: Open, chapter: str) -> None:
         assert not seen.page.locator(".bd-header-article").is_visible()
         assert seen.page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(255, 255, 255)"
         assert seen.page.locator("article p").first.evaluate("e => getComputedStyle(e).color") == "rgb(0, 0, 0)"
+        # margins, figures and code too: whatever the reader's screen shows, paper is light
+        assert seen.page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"
+        assert seen.page.evaluate(FIGURE_BLUE) == "#0072b2"
+        assert set(seen.page.evaluate(CODE_INKS)) <= {"rgb(0, 0, 0)", "rgb(51, 51, 51)"}
 
 
 def test_the_column_holds_a_comfortable_line(visit: Open, chapter: str) -> None:
