@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 FILE = Path(__file__).parents[2] / "book" / "benchmarks.csv"
+ENOUGH = 0.25
 HEADER = ("what is measured", "here", "compared with", "there", "ratio", "limit", "met")
 
 
@@ -69,24 +70,27 @@ def seconds(value: float) -> str:
 def timed(calls: Sequence[Callable[[], object]], *, rounds: int = 5) -> list[float]:
     """Time calls side by side.
 
-    The calls take turns, so that a change in the machine's load falls on all of them. In a turn each is made twice and
-    the second counts: none pays for memory and caches that another has left. The first turn does not count.
+    The calls take turns, so that a change in the machine's load falls on all of them. In a turn each is made once
+    without a clock, so that none pays for memory and caches that another has left, and then again for at least
+    `ENOUGH` seconds, of which the mean counts. The first turn does not count.
 
     Args:
         calls: What to time.
         rounds: How many turns count.
 
     Returns:
-        The median of each, in seconds.
+        The median of each over the turns, in seconds of processor time.
     """
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds + 1):
         for call, kept in zip(calls, times, strict=True):
             call()
-            start = time.process_time()
-            call()
+            start, made, spent = time.process_time(), 0, 0.0
+            while spent < ENOUGH:
+                call()
+                made, spent = made + 1, time.process_time() - start
             if turn:
-                kept.append(time.process_time() - start)
+                kept.append(spent / made)
     return [statistics.median(kept) for kept in times]
 
 
