@@ -121,9 +121,14 @@ def gauss_newton_blocks(parts: dict[str, list[Piece]], J_X: Tensor | None, S: Te
     if not is_per_token(S):
         return _dense_blocks(parts, J_X, S)
     same = bool(_checks.known_truth((S == S[:1]).all()))
+    # S times each piece's answers, formed once
+    after = {a: [S[:1] @ p.matrix[:1] if same and p.fixed else S @ p.matrix for p in parts[a]] for a in parts}
     blocks: Table = {}
     for a, b in combinations_with_replacement(parts, 2):
-        blocks[a, b] = _block(parts[a], parts[b], S, same=same)
+        if parts[b][0].rows and not parts[a][0].rows:
+            blocks[a, b] = _block(parts[b], parts[a], after[a]).mT
+        else:
+            blocks[a, b] = _block(parts[a], parts[b], after[b])
     if J_X is not None:
         moved = S @ J_X.flatten(2)
         for a in parts:
@@ -132,19 +137,16 @@ def gauss_newton_blocks(parts: dict[str, list[Piece]], J_X: Tensor | None, S: Te
     return blocks
 
 
-def _block(left: Sequence[Piece], right: Sequence[Piece], S: Tensor, *, same: bool) -> Tensor:
-    """Compute the block of two weights, (n_a, n_b), from one matrix S for each token, or the same one for all."""
-    if right[0].rows and not left[0].rows:
-        return _block(right, left, S, same=same).mT
+def _block(left: Sequence[Piece], right: Sequence[Piece], after: Sequence[Tensor]) -> Tensor:
+    """Compute the block of two weights, (n_a, n_b); S times the matrices of the right one is given."""
     order = _ORDERS[left[0].rows, right[0].rows]
     columns = []
-    for q in right:
-        fixed = same and q.fixed
-        moved = S[:1] @ q.matrix[:1] if fixed else S @ q.matrix
+    for q, moved in zip(right, after, strict=True):
         rows = []
         for p in left:
-            M = p.matrix[:1].mT @ moved if fixed and p.fixed else p.matrix.mT @ moved
-            rows.append(token_sum(p.vector, q.vector, M, order, symmetric=p is q))
+            # one matrix is enough if it is the same for all tokens
+            matrix = p.matrix[: len(moved)] if p.fixed else p.matrix
+            rows.append(token_sum(p.vector, q.vector, matrix.mT @ moved, order, symmetric=p is q))
         columns.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
     block = columns[0] if len(columns) == 1 else torch.cat(columns, dim=3)
     return block.flatten(2).flatten(0, 1)

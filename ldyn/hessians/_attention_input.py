@@ -128,24 +128,30 @@ def _with_readout(head: _Head) -> Tensor:
     return asked + read + own
 
 
-def _half(head: _Head) -> Tensor:
-    """Compute a matrix (L, d, L, d) that gives the head's block of the tokens when its mirror image is added."""
-    A, C, alpha, u, asks = head.A, head.C, head.alpha, head.u, head.asks
-    # token i asks, token j is asked or read
-    total = torch.einsum("ijb,ic->ibjc", head.BX @ asks.T, alpha) + torch.einsum("ijb,ic->ibjc", head.JX @ asks.T, u)
-    total = total + torch.einsum("ij,bc->ibjc", C, asks)
+def _tokens_with_tokens(heads: Sequence[_Head]) -> Tensor:
+    """Compute the block of the tokens with themselves, (L·d, L·d): a matrix and its mirror image."""
+    A, C, alpha, u, asks = (torch.stack([getattr(head, name) for head in heads]) for name in _STACKED)
+    tokens, width = alpha.shape[1:]
+    # token i asks, token j is asked or read: (i, b, j) beside c
+    moved = torch.stack([asked @ head.asks.T for head in heads for asked in (head.BX, head.JX)], dim=-1)
+    directions = torch.stack([alpha, u], dim=1).flatten(0, 1).transpose(0, 1)
+    total = (moved.permute(0, 2, 1, 3).flatten(1, 2) @ directions).view(tokens, width, tokens, width)
+    bilinear = (C.flatten(1).T @ asks.flatten(1)).view(tokens, tokens, width, width)
+    total = total + bilinear.transpose(1, 2)
     # two tokens are asked or read, through B_i and J_i: their parts off the diagonal, then those on it
-    one = (A.unsqueeze(-1) * alpha.unsqueeze(1)).flatten(1)
-    other = (C.unsqueeze(-1) * alpha.unsqueeze(1) + A.unsqueeze(-1) * u.unsqueeze(1)).flatten(1)
-    total = total - (one.T @ other).view(total.shape)
-    bent, mixed = alpha.unsqueeze(2) * alpha.unsqueeze(1), alpha.unsqueeze(2) * u.unsqueeze(1)
-    same = torch.einsum("ij,ibc->jbc", C / 2, bent) + torch.einsum("ij,ibc->jbc", A, mixed)
+    one = A.unsqueeze(-1) * alpha.unsqueeze(2)
+    other = C.unsqueeze(-1) * alpha.unsqueeze(2) + A.unsqueeze(-1) * u.unsqueeze(2)
+    total = total - (one.flatten(2).flatten(0, 1).T @ other.flatten(2).flatten(0, 1)).view(total.shape)
+    bent, mixed = alpha.unsqueeze(3) * alpha.unsqueeze(2), alpha.unsqueeze(3) * u.unsqueeze(2)
+    same = torch.einsum("hij,hibc->jbc", C / 2, bent) + torch.einsum("hij,hibc->jbc", A, mixed)
     # and a token that asks twice
-    same = same + asks @ head.third @ asks.T / 2
-    identity = torch.eye(len(A), dtype=A.dtype, device=A.device)
-    return total + torch.einsum("ibc,ij->ibjc", same, identity)
+    same = same + torch.stack([head.asks @ head.third @ head.asks.T for head in heads]).sum(0) / 2
+    total.diagonal(dim1=0, dim2=2).add_(same.permute(1, 2, 0))
+    half = total.view(tokens * width, tokens * width)
+    return half + half.T
 
 
+_STACKED = ("A", "C", "alpha", "u", "asks")
 _WITH = {"Q": _with_queries, "K": _with_keys, "V": _with_values, "O": _with_readout}
 
 
@@ -175,6 +181,5 @@ def input_functional_blocks(
             # these biases shift the outputs and are never bent
             block = torch.cat([block, torch.zeros_like(block[:1])])
         blocks[group, "X"] = block.reshape(-1, size)
-    half = sum((_half(head) for head in heads[1:]), _half(heads[0])).reshape(size, size)
-    blocks["X", "X"] = half + half.T
+    blocks["X", "X"] = _tokens_with_tokens(heads)
     return blocks

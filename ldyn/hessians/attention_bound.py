@@ -186,4 +186,5 @@ def _largest_skew(norm: Tensor, diameter: Tensor) -> Tensor:
 
 def _norm(matrix: Tensor) -> Tensor:
     """Compute the spectral norm."""
-    return torch.linalg.matrix_norm(matrix, 2)
+    norm: Tensor = torch.linalg.matrix_norm(matrix, 2)
+    return norm

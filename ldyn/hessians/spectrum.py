@@ -26,6 +26,7 @@ from ldyn.hessians._spectrum_operator import Operator, SymmetricOperator, as_ope
 __all__ = [
     "Eigenpairs",
     "Lanczos",
+    "Operator",
     "Quadrature",
     "SpectralDensity",
     "SymmetricOperator",
@@ -107,9 +108,9 @@ def top_eigenvalues(
         operator: As in `lanczos`.
         k: How many, between 1 and P.
         which: "largest" and "smallest" by sign, "magnitude" by absolute value.
-        tolerance: Relative accuracy of the eigenvalues at which the iteration stops; the error is of the order of its
-            square where eigenvalues are well apart. None asks for what the precision gives: 10⁻¹⁰ in double precision,
-            10⁻⁴ in single.
+        tolerance: The iteration stops when residuals are estimated to be below this fraction of their eigenvalues;
+            the error of an eigenvalue is of the order of the residual's square where it stands apart. None asks for
+            what the precision gives: 10⁻¹⁰ in double precision, 10⁻⁴ in single.
         seed: Seed of the generator.
 
     Returns:

@@ -233,9 +233,11 @@ def test_nothing_of_the_callers_changes():
         assert torch.equal(argument, copy) and argument.grad is None and argument.requires_grad
 
 
-def test_the_result_can_be_differentiated():
-    arguments = [a.requires_grad_() for a in (*case((3, 2, 2, 3)), *output_curvature(3, 3, False, 9))]
-    weight = normal(14, 14, seed=5)
+@pytest.mark.parametrize("length", [2, 4])
+def test_the_result_can_be_differentiated(length):
+    shape = (length, 3, 2, 2)
+    arguments = [a.requires_grad_() for a in (*case(shape), *output_curvature(length, 2, False, 9))]
+    weight = normal(18, 18, seed=5)
 
     def weighted(*args):
         return (weight * at.attention_loss_hessian(*args[:-1], args[-1] + args[-1].mT).matrix()).sum()

@@ -130,9 +130,13 @@ def test_two_hot_attention_attains_it(length):
     assert 1 <= ratio < 1.001
 
 
-def test_linear_values_attain_it():
+@pytest.mark.parametrize("zero", ["scores", "values"])
+def test_layers_at_zero_loss_attain_it(zero):
     X, W_Q, W_K, W_V, _ = draw(7, sizes=(4, 3, 2, 2), decades=0.3)
-    W_Q, W_K = torch.zeros_like(W_Q), torch.zeros_like(W_K)
+    if zero == "scores":
+        W_Q, W_K = torch.zeros_like(W_Q), torch.zeros_like(W_K)
+    else:
+        W_V = torch.zeros_like(W_V)
     Y = attention_output(X, W_Q, W_K, W_V)
     bound = attention_hessian_bound(X, W_Q, W_K, W_V, Y)
     torch.testing.assert_close(norm(loss_hessian(X, W_Q, W_K, W_V, Y)), bound.value)
