@@ -22,6 +22,8 @@ from ldyn.hessians._output import dense, is_per_token
 __all__ = ["Piece", "gauss_newton_blocks", "input_jacobian", "jacobian", "pieces"]
 
 Table = dict[tuple[str, str], Tensor]
+_CHUNK = 2**20
+"""Entries of the largest temporary array where the tokens are a variable."""
 _ORDERS: dict[tuple[bool, bool], Order] = {
     (True, True): "umvn",
     (True, False): "umnv",
@@ -133,7 +135,7 @@ def gauss_newton_blocks(parts: dict[str, list[Piece]], J_X: Tensor | None, S: Te
         moved = S @ J_X.flatten(2)
         for a in parts:
             blocks[a, "X"] = torch.cat([_with_tokens(p, moved) for p in parts[a]], dim=1).flatten(0, 1)
-        blocks["X", "X"] = J_X.flatten(0, 1).flatten(1).T @ moved.flatten(0, 1)
+        blocks["X", "X"] = _symmetric_product(J_X.flatten(2).flatten(0, 1), moved.flatten(0, 1))
     return blocks
 
 
@@ -154,10 +156,24 @@ def _block(left: Sequence[Piece], right: Sequence[Piece], after: Sequence[Tensor
 
 def _with_tokens(part: Piece, moved: Tensor) -> Tensor:
     """Compute a piece's block with the tokens, (rows, columns, L·d), from S J_X (L, o, L·d)."""
-    columns = [
-        part.vector.T @ (part.matrix[:, :, k : k + 1].mT @ moved).squeeze(1) for k in range(part.matrix.shape[2])
-    ]
-    return torch.stack(columns, dim=1 if part.rows else 0)
+    tokens, _, size = moved.shape
+    products = []
+    for matrix in part.matrix.split(max(1, _CHUNK // (tokens * size)), dim=2):
+        answers = (matrix.mT @ moved).flatten(1)
+        products.append((part.vector.T @ answers).view(-1, matrix.shape[2], size))
+    block = torch.cat(products, dim=1)
+    return block if part.rows else block.transpose(0, 1)
+
+
+def _symmetric_product(J: Tensor, moved: Tensor) -> Tensor:
+    """Compute Jᵀ S J from J and S J, (m, n) each: half of it, in strips, and the rest by symmetry."""
+    total = J.new_empty(J.shape[1], J.shape[1])
+    step = max(64, J.shape[1] // 4)
+    for start in range(0, J.shape[1], step):
+        stop = start + step
+        total[start:stop, start:] = J[:, start:stop].T @ moved[:, start:]
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 def _dense_blocks(parts: dict[str, list[Piece]], J_X: Tensor | None, S: Tensor) -> Table:
@@ -165,9 +181,9 @@ def _dense_blocks(parts: dict[str, list[Piece]], J_X: Tensor | None, S: Tensor) 
     jacobians = {name: jacobian(part).flatten(0, 1) for name, part in parts.items()}
     if J_X is not None:
         jacobians["X"] = J_X.flatten(0, 1).flatten(1)
-    weight = dense(S)
+    weight, names = dense(S), list(jacobians)
     blocks: Table = {}
     for b, J in jacobians.items():
         moved = weight @ J
-        blocks |= {(a, b): jacobians[a].T @ moved for a in list(jacobians)[: list(jacobians).index(b) + 1]}
+        blocks |= {(a, b): jacobians[a].T @ moved for a in names[: names.index(b) + 1]}
     return blocks

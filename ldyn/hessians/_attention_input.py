@@ -17,6 +17,9 @@ from ldyn.hessians._attention_core import Heads, centred_tokens
 
 __all__ = ["input_functional_blocks"]
 
+_CHUNK = 2**20
+"""Entries of the largest temporary array of a sum."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Head:
@@ -82,10 +85,20 @@ def _head(state: Heads, h: int, cov: Tensor, third: Tensor, R: Tensor) -> _Head:
 
 
 def _summed(vectors: Tensor, answers: Tensor, directions: Tensor) -> Tensor:
-    """Compute Σ_i vectors_i[a] answers[i, j, m] directions_i[b], (m, a, L, d), one m after the other."""
-    tokens, width = directions.shape
-    parts = [vectors.T @ (answers[..., m, None] * directions.unsqueeze(1)).flatten(1) for m in range(answers.shape[-1])]
-    return torch.stack(parts).view(len(parts), -1, tokens, width)
+    """Compute Σ_i vectors_i[a] answers[i, j, m] directions_i[b], (a, m, L, d)."""
+    tokens, width = answers.shape[1], directions.shape[1]
+    step = max(1, _CHUNK // (len(answers) * tokens * width))
+    parts = []
+    for some in answers.mT.split(step, dim=1):
+        products = some.unsqueeze(3) * directions[:, None, None, :]
+        parts.append((vectors.T @ products.flatten(1)).view(-1, some.shape[1], tokens, width))
+    return torch.cat(parts, dim=1)
+
+
+def _asked(head: _Head, vectors: Tensor, entries: Tensor) -> Tensor:
+    """Pair movements of the scores with tokens that are asked again or read, for J_i X and B_i X times a matrix."""
+    answers = torch.cat([head.BX, head.JX]) @ entries
+    return _summed(torch.cat([vectors, vectors]), answers, head.s * torch.cat([head.alpha, head.u]))
 
 
 def _same_entry(values: Tensor, rows: int, width: int) -> Tensor:
@@ -97,32 +110,36 @@ def _same_entry(values: Tensor, rows: int, width: int) -> Tensor:
 def _with_queries(head: _Head) -> Tensor:
     """Compute the block with W_Q, (d or d + 1, k, L, d)."""
     s, W_K = head.s, head.W_K
-    asked = s * _summed(head.x, head.BX @ W_K, head.alpha) + s * _summed(head.x, head.JX @ W_K, head.u)
     own = torch.einsum("ia,icb->acib", head.x, s * W_K.T @ head.third @ head.asks.T)
     bilinear = torch.einsum("ja,bc->acjb", s * head.C.T @ head.x, W_K)
-    return asked.transpose(0, 1) + own + bilinear + _same_entry(s * head.CX @ W_K, head.x.shape[1], len(W_K))
+    return _asked(head, head.x, W_K) + own + bilinear + _same_entry(s * head.CX @ W_K, head.x.shape[1], len(W_K))
 
 
 def _with_keys(head: _Head) -> Tensor:
     """Compute the block with W_K, (d, k, L, d)."""
     s, width = head.s, len(head.W_K)
-    asked = s * _summed(head.q, head.BX, head.alpha) + s * _summed(head.q, head.JX, head.u)
+    identity = torch.eye(width, dtype=head.q.dtype, device=head.q.device)
     own = torch.einsum("ic,iab->acib", head.q, s * head.third @ head.asks.T)
     bilinear = torch.einsum("ia,bc->acib", s * head.CX, head.W_Q)
-    return asked + own + bilinear + _same_entry(s * head.C.T @ head.q, width, width)
+    return (
+        _asked(head, head.q, identity).transpose(0, 1)
+        + own
+        + bilinear
+        + _same_entry(s * head.C.T @ head.q, width, width)
+    )
 
 
 def _with_values(head: _Head) -> Tensor:
     """Compute the block with W_V, (d, v, L, d)."""
     width = len(head.W_V)
-    asked = _summed(head.rho, head.JX, head.alpha)
+    asked = _summed(head.rho, head.JX, head.alpha).transpose(0, 1)
     own = torch.einsum("iab,ie->aeib", head.cov @ head.asks.T, head.rho)
     return asked + own + _same_entry(head.A.T @ head.rho, width, width)
 
 
 def _with_readout(head: _Head) -> Tensor:
     """Compute the block with the head's rows of W_O, (v, o, L, d)."""
-    asked = _summed(head.R, head.JX @ head.W_V, head.alpha)
+    asked = _summed(head.R, head.JX @ head.W_V, head.alpha).transpose(0, 1)
     read = torch.einsum("jw,be->ewjb", head.A.T @ head.R, head.W_V)
     own = torch.einsum("jw,jeb->ewjb", head.R, head.W_V.T @ head.cov @ head.asks.T)
     return asked + read + own

@@ -96,9 +96,8 @@ def test_twelve_digits_at_a_transformers_width(norm, eps):
 
 def test_a_wide_row_needs_no_matrix():
     x, r, v = normal(3, 200_000)
-    product = ln.layernorm_hessian_vector_product(x, r, v)
     other = jvp(grad(lambda point: forward("layernorm")(point) @ r), (x,), (v,))[1]
-    torch.testing.assert_close(product, other, rtol=1e-10, atol=1e-16)
+    torch.testing.assert_close(ln.layernorm_hessian_vector_product(x, r, v), other, rtol=1e-10, atol=1e-16)
 
 
 # --- structure ---------------------------------------------------------------------------------------------------
@@ -274,8 +273,7 @@ def test_single_precision(norm, offset):
     x, weight, r, v = (tensor.double() for tensor in single)
     for name in (*MATRICES, *PRODUCTS, *PAIRS, *OF_X[1:]):
         extra = {0: (), 1: (2,), 2: (2, 3)}[vectors_of(name)]
-        gamma = () if name in OF_X else (1,)
-        order = (0, *extra, *gamma)
+        order = (0, *extra, *(() if name in OF_X else (1,)))
         got = call(norm, name, *(single[position] for position in order))
         assert got.dtype == torch.float32
         assert relative(got.double(), call(norm, name, *((x, weight, r, v)[position] for position in order))) < 1e-4
