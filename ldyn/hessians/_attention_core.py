@@ -160,10 +160,10 @@ def attend(
     Returns:
         All intermediate values.
     """
-    W_Q, W_K, W_V = (weight.unflatten(1, (heads, -1)).transpose(0, 1) for weight in weights[:3])
-    W_O = weights[3].unflatten(0, (heads, -1))
+    W_Q, W_K, W_V = (weight.reshape(len(weight), heads, -1).transpose(0, 1) for weight in weights[:3])
+    W_O = weights[3].reshape(heads, -1, weights[3].shape[1])
     queries, keys, values = (
-        X @ weight if bias is None else X @ weight + bias.view(heads, 1, -1)
+        X @ weight if bias is None else X @ weight + bias.reshape(heads, 1, -1)
         for weight, bias in zip((W_Q, W_K, W_V), biases[:3], strict=True)
     )
     A = _weights(queries, keys, causal)

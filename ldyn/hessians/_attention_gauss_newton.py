@@ -158,7 +158,7 @@ def _with_tokens(part: Piece, moved: Tensor) -> Tensor:
     """Compute a piece's block with the tokens, (rows, columns, L·d), from S J_X (L, o, L·d)."""
     tokens, _, size = moved.shape
     products = []
-    for matrix in part.matrix.split(max(1, _CHUNK // (tokens * size)), dim=2):
+    for matrix in torch.split(part.matrix, max(1, _CHUNK // (tokens * size)), dim=2):
         answers = (matrix.mT @ moved).flatten(1)
         products.append((part.vector.T @ answers).view(-1, matrix.shape[2], size))
     block = torch.cat(products, dim=1)

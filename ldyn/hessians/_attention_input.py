@@ -89,7 +89,7 @@ def _summed(vectors: Tensor, answers: Tensor, directions: Tensor) -> Tensor:
     tokens, width = answers.shape[1], directions.shape[1]
     step = max(1, _CHUNK // (len(answers) * tokens * width))
     parts = []
-    for some in answers.mT.split(step, dim=1):
+    for some in torch.split(answers.mT, step, dim=1):
         products = some.unsqueeze(3) * directions[:, None, None, :]
         parts.append((vectors.T @ products.flatten(1)).view(-1, some.shape[1], tokens, width))
     return torch.cat(parts, dim=1)

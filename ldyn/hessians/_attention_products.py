@@ -61,7 +61,7 @@ def _without_moving(u: Tensor, v: Tensor, M: Tensor, order: Order) -> Tensor:
             products = part.unsqueeze(2) * v[:, None, :, None]
         else:
             products = part.unsqueeze(3) * v[:, None, None, :]
-        block[:, start : start + step].flatten(1).addmm_(u.T, products.flatten(1), beta=0)
+        block[:, start : start + step].view(len(block), -1).addmm_(u.T, products.flatten(1), beta=0)
     return block
 
 

@@ -2,7 +2,8 @@
 
 The derivatives of softmax are cumulants, so those of attention are moments of the tokens under each row of the
 attention matrix: the covariance Cov_i and, in one direction, the third central moment. No array with two pairs of
-positions is formed. Derived in the chapter *Attention*.
+positions is formed. Derived in the chapter *Attention*; Ormaniec, Dangel and Singh (2024, arXiv:2410.10986) give the
+blocks between the weights in Kronecker form, for the squared error.
 """
 
 from __future__ import annotations

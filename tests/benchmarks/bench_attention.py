@@ -1,8 +1,8 @@
 """The speed and memory of attention's closed-form Hessian, beside automatic differentiation and beside plain writing.
 
-The yardstick of writing is ``torch.full`` of all nine blocks of both parts. A second row counts only the twelve that have
-memory of their own, the other six being views of them. Freed memory is kept, so that neither side is timed while the
-system hands over fresh pages, which costs ten times the writing and would make all ratios small without merit.
+The yardstick of writing is ``torch.full`` of all nine blocks of both parts; a second row counts only the twelve that
+have memory of their own, the other six being views of them. Freed memory is kept, so that neither side is timed while
+the system hands over fresh pages, which costs ten times the writing and would make the ratios small without merit.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ run(2, 2)
 def memory_rows() -> Iterator[table.Row]:
     """Measure the peak beside the size of what is returned: six blocks of each part, the others being views."""
     returned = 12 * WIDTH**4 * 8 / 2**20
-    for length in (32, 256, 1024):
+    for length in (32, 256):
         peak = memory.growth(SETUP, "found = run(length, width)", length, WIDTH)
         what = f"peak memory of all blocks of attention's Hessian, d = {WIDTH}, L = {length}"
         ratio = peak / returned

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import hessian, jacrev
 
+from ldyn.hessians import _attention_gauss_newton, _attention_input
 from ldyn.hessians import attention as at
 
 F64 = torch.float64
@@ -68,14 +69,14 @@ def output_curvature(length, outputs, full, seed=3):
     return R, S, torch.block_diag(*S)
 
 
-def by_autograd(values, R, S, heads, causal):
-    """Compute both parts in all variables at once."""
+def by_autograd(values, R, S, heads, causal, fixed=None):
+    """Compute both parts in all variables at once, others being fixed."""
     lengths = [value.numel() for value in values.values()]
 
     def outputs(w):
         parts = w.split(lengths)
         shaped = {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
-        return plain(shaped, heads, causal)
+        return plain((fixed or {}) | shaped, heads, causal)
 
     w = torch.cat([value.reshape(-1) for value in values.values()])
     J = jacrev(lambda v: outputs(v).reshape(-1))(w)
@@ -197,6 +198,27 @@ def test_a_loss_that_is_the_same_for_all_tokens_takes_a_shorter_way(same):
     S = S[:1].expand(5, -1, -1) if same else S
     outer, bent = by_autograd(values, R, torch.block_diag(*S), 2, False)
     H = found(values, R, S, 2, wrt=tuple(values))
+    assert_near(H.matrix(part="gauss_newton"), outer)
+    assert_near(H.matrix(part="functional"), bent)
+
+
+def test_pieces_of_any_size_give_the_same(monkeypatch):
+    values = case(SHAPE)
+    R, S, _ = output_curvature(5, 5, False)
+    whole = found(values, R, S, 2, wrt=EVERYTHING)
+    for chunk in (1, 150):
+        monkeypatch.setattr(_attention_gauss_newton, "_CHUNK", chunk)
+        monkeypatch.setattr(_attention_input, "_CHUNK", chunk)
+        pieces = found(values, R, S, 2, wrt=EVERYTHING)
+        for part in ("gauss_newton", "functional"):
+            assert_near(pieces.matrix(part=part), whole.matrix(part=part))
+
+
+def test_many_tokens_go_in_strips():
+    values = case((15, 10, 1, 1, 1, 2), "")
+    R, S, matrix = output_curvature(15, 2, False)
+    outer, bent = by_autograd({"X": values["X"]}, R, matrix, 1, False, values)
+    H = found(values, R, S, 1, wrt=("X",))
     assert_near(H.matrix(part="gauss_newton"), outer)
     assert_near(H.matrix(part="functional"), bent)
 
