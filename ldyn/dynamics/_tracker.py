@@ -6,13 +6,13 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ldyn import _checks
+from ldyn._progress import progress_bar
 from ldyn.dynamics._probes import Look, Probe, batched, fingerprint, look, require_label, trainable
 from ldyn.dynamics._records import Record, RecordFile, Rows
 
@@ -102,7 +102,7 @@ class Tracker:
         self._begun: _Begun | None = None
         self._phase = require_label(phase, "phase")
         self._start = self._first_step(self._steps)
-        self._bar = _bar(self._steps, total) if progress else None
+        self._bar = progress_bar(total, desc="tracked", unit="step", done=self._steps, shown=progress)
 
     @property
     def every(self) -> int:
@@ -193,8 +193,7 @@ class Tracker:
         number, self._steps = self._steps, self._steps + 1
         if before is not None:
             self._add(number, phase, *self._looks(before))
-        if self._bar is not None:
-            self._bar.update(1)
+        self._bar.update(1)
 
     def abandon_step(self) -> None:
         """Forget a step that has begun, if there is one, and do not count it."""
@@ -243,9 +242,7 @@ class Tracker:
 
     def close(self) -> None:
         """Take the progress bar away; rows are on the disk already."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
     def _first_step(self, default: int) -> int:
         """Look up the first recorded step of the present phase."""
@@ -292,8 +289,7 @@ class Tracker:
         if self._file is not None:
             self._file.append(record)
         self._table.append(record)
-        if self._bar is not None:
-            self._bar.set_postfix({kind: f"{value:.1f}" for kind, value in _means(record).items()}, refresh=False)
+        self._bar.set_postfix({kind: f"{value:.1f}" for kind, value in _means(record).items()}, refresh=False)
         return record
 
 
@@ -336,12 +332,3 @@ def _means(record: Rows) -> dict[str, float]:
     """Average the log-probability after a step over the probes of each kind."""
     kinds = dict.fromkeys(row.kind for row in record)
     return {kind: statistics.fmean(row.log_prob_after for row in record if row.kind == kind) for kind in kinds}
-
-
-def _bar(done: int, total: int | None) -> Any:
-    """Open a progress bar that appears after some seconds, or return None without tqdm."""
-    try:
-        tqdm = import_module("tqdm")
-    except ImportError:
-        return None
-    return tqdm.tqdm(initial=done, total=total, unit="step", desc="tracked", delay=5.0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldyn import _checks
+from ldyn._progress import progress_bar
 from ldyn.hessians._lanczos import Lanczos, Quadrature, lanczos, product, random_generator, start_vector
 from ldyn.hessians._spectrum_curvature import curvature_operator
 from ldyn.hessians._spectrum_operator import Operator, SymmetricOperator, as_operator
@@ -178,8 +179,11 @@ def spectral_density(
     _checks.require_integer(steps, "steps")
     spread = None if width is None else _checks.require_positive(width, "width")
     generator = random_generator(seed)
-    starts = (start_vector(matrix, generator) for _ in _shown(range(count), progress))
-    rules = [lanczos(matrix, steps, start=start).quadrature() for start in starts]
+    rules = []
+    with progress_bar(count, desc="spectral density", unit="probe", shown=progress) as bar:
+        for _ in range(count):
+            rules.append(lanczos(matrix, steps, start=start_vector(matrix, generator)).quadrature())
+            bar.update(1)
     nodes = torch.cat([rule.nodes for rule in rules])
     weights = torch.cat([rule.weights for rule in rules]) / count
     reach, size = float(nodes.max() - nodes.min()), float(nodes.abs().max())
@@ -214,14 +218,3 @@ def _arpack(matrix: SymmetricOperator, count: int, which: str, accuracy: float, 
             "ask for fewer, or for a larger tolerance"
         ) from error
     return torch.as_tensor(values).to(matrix.device), torch.as_tensor(vectors).to(matrix.device)
-
-
-def _shown(items: range, progress: bool) -> Any:
-    """Wrap a range in a progress bar that appears after some seconds."""
-    if not progress:
-        return items
-    try:
-        tqdm = import_module("tqdm")
-    except ImportError:
-        return items
-    return tqdm.tqdm(items, unit="probe", desc="spectral density", delay=5.0)

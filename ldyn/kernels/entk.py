@@ -9,27 +9,15 @@ for the bias: no gradient need be formed. Derived in the chapter *The tangent ke
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from ldyn import _checks
 from ldyn._linearize import Inputs, copied_parameters, differentiable, gradients, no_randomness, pushforward
+from ldyn._progress import progress_bar
 from ldyn.kernels._features import Features, Run, Settings
 from ldyn.kernels._frozen import Batch, Frozen, Patterns, Reduction, checked, jacobian, length, take
 from ldyn.kernels._gram import WORKSPACE
-
-if TYPE_CHECKING:
-    from typing import Protocol
-
-    class _Progress(Protocol):
-        def update(self, n: int = 1) -> object: ...
-
 
 METHODS = ("auto", "structured", "jacobian")
 """The ways to compute a kernel."""
@@ -223,7 +211,7 @@ def _fill(total: Tensor, settings: Settings, sides: tuple[Batch, Batch], size: i
     symmetric = left is right
     rows, columns = _chunks(length(left), size), _chunks(length(right), size)
     steps = len(rows) * (len(rows) + 1) // 2 if symmetric else len(rows) * len(columns)
-    with _progress(steps) as progress:
+    with progress_bar(steps, desc="tangent kernel", unit="pair", leave=False, shown=steps > 1) as progress:
         for place, row in enumerate(rows):
             one = Features(settings, take(left, row), None if place else alone)
             for column in columns[place:] if symmetric else columns:
@@ -239,24 +227,3 @@ def _fill(total: Tensor, settings: Settings, sides: tuple[Batch, Batch], size: i
 def _chunks(count: int, size: int) -> list[slice]:
     """Cut a range."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[_Progress]:
-    """Show a bar on stderr after two seconds, where tqdm is installed and there is more than one step to show."""
-    try:
-        tqdm = import_module("tqdm").tqdm if steps > 1 else None
-    except ImportError:
-        tqdm = None
-    if tqdm is None:
-        yield _Silent()
-        return
-    with tqdm(total=steps, desc="tangent kernel", delay=2, leave=False, file=sys.stderr) as bar:
-        yield bar
-
-
-class _Silent:
-    """Progress that nobody sees."""
-
-    def update(self, n: int = 1) -> None:
-        """Pass over a step."""

@@ -233,6 +233,16 @@ def test_single_precision_stays_and_is_near():
         assert_near(rounded.matrix(part=part).double(), exact.matrix(part=part), 1e-4)
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_everything_happens_on_the_device_of_the_tokens(full, causal):
+    values = {name: value.to("meta") for name, value in case(SHAPE).items()}
+    R, S, _ = (value.to("meta") for value in output_curvature(5, 5, full))
+    H = found(values, R, S, 2, causal, wrt=EVERYTHING)
+    assert all(part[pair].is_meta for part in (H.gauss_newton, H.functional) for pair in part)
+    assert H.matrix().shape == 2 * (sum(value.numel() for value in values.values()),)
+
+
 def test_nothing_of_the_callers_changes():
     values = {name: value.requires_grad_() for name, value in case(SHAPE).items()}
     R, S, _ = output_curvature(5, 5, False)
