@@ -7,18 +7,14 @@ a product with the width: no matrix is formed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
+import table
 import torch
 from torch import Tensor
 from torch.func import grad, hessian, jvp
 from torch.nn import functional
-
-sys.path.insert(0, str(Path(__file__).parent))
-import table
 
 from ldyn.hessians import layernorm as ln
 
