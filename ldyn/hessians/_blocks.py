@@ -11,10 +11,31 @@ from torch import Tensor
 
 from ldyn import _checks
 
-__all__ = ["Blocks", "LossHessian", "Part"]
+__all__ = ["Blocks", "LossHessian", "Part", "require_names"]
 
 Part = Literal["total", "gauss_newton", "functional"]
 """Which part of the Hessian: the sum, J^T S J, or the rest, which comes from the bending of the model itself."""
+
+
+def require_names(value: object, name: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Require names of variables, each once.
+
+    Args:
+        value: The argument.
+        name: Its name, for the message.
+        known: The names there are.
+
+    Returns:
+        The names, in the order given.
+
+    Raises:
+        ValueError: If it is no sequence of names, is empty, or has a name that is unknown or stands twice.
+    """
+    chosen = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(known):
+        got = list(chosen) or _checks.describe(value)
+        raise ValueError(f"{name}: expected distinct names among {', '.join(known)}, got {got}")
+    return chosen
 
 
 class Blocks(Mapping[tuple[str, str], Tensor]):
@@ -101,9 +122,7 @@ class LossHessian:
         Raises:
             ValueError: If a name or the part is unknown, or a name occurs twice.
         """
-        chosen = self.names if names is None else tuple(names)
-        if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(self.names):
-            raise ValueError(f"names: expected distinct names among {', '.join(self.names)}, got {list(chosen)}")
+        chosen = self.names if names is None else require_names(names, "names", self.names)
         if part not in ("total", "gauss_newton", "functional"):
             raise ValueError(f"part: expected 'total', 'gauss_newton' or 'functional', got {_checks.describe(part)}")
         source: LossHessian | Blocks = self if part == "total" else getattr(self, part)

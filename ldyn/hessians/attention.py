@@ -19,7 +19,7 @@ from ldyn.hessians._attention_core import Heads, attend
 from ldyn.hessians._attention_functional import functional_blocks
 from ldyn.hessians._attention_gauss_newton import gauss_newton_blocks, input_jacobian, jacobian, pieces
 from ldyn.hessians._attention_input import input_functional_blocks
-from ldyn.hessians._blocks import Blocks, LossHessian
+from ldyn.hessians._blocks import Blocks, LossHessian, require_names
 from ldyn.hessians._output import checked_output
 from ldyn.hessians.attention_bound import AttentionHessianBound, attention_hessian_bound
 
@@ -236,7 +236,7 @@ def multihead_attention_loss_hessian(
     R, S = checked_output(R, S, (state.outputs.shape[0], state.outputs.shape[1]), X, names=("R", "S"))
     given = (W_Q, b_Q, W_K, b_K, W_V, b_V, W_O, b_O, X)
     shapes = {name: value.shape for name, value in zip(_NAMES, given, strict=True) if value is not None}
-    chosen = [name for name in shapes if name != "X"] if wrt is None else _checked_names(wrt, tuple(shapes))
+    chosen = [name for name in shapes if name != "X"] if wrt is None else require_names(wrt, "wrt", tuple(shapes))
     return _hessian(state, R, S, {name: shapes[name] for name in chosen})
 
 
@@ -317,12 +317,3 @@ def _checked_weights(X: Tensor, weights: Sequence[Tensor], causal: bool) -> None
     _checks.require_shape(weights[1], "W_K", weights[0].shape)
     if not isinstance(causal, bool):
         raise ValueError(f"causal: expected True or False, got {_checks.describe(causal)}")
-
-
-def _checked_names(wrt: object, known: tuple[str, ...]) -> list[str]:
-    """Check which variables are asked for."""
-    names = list(wrt) if isinstance(wrt, Sequence) and not isinstance(wrt, str) else []
-    if not names or len(set(names)) != len(names) or not set(names) <= set(known):
-        got = names or _checks.describe(wrt)
-        raise ValueError(f"wrt: expected distinct names among {', '.join(known)}, got {got}")
-    return names

@@ -26,7 +26,7 @@ from ldyn.hessians._block_parameters import (
     checked_parameters,
 )
 from ldyn.hessians._block_stages import Chain, Curvature, Parts, Residual, Stage
-from ldyn.hessians._blocks import Blocks, LossHessian
+from ldyn.hessians._blocks import Blocks, LossHessian, require_names
 from ldyn.hessians._output import checked_output
 
 __all__ = [
@@ -117,11 +117,12 @@ def block_loss_hessian(
         activation: As for `block`.
         eps: As for `block`.
         causal: As for `block`.
-        wrt: The variables wanted, names of parameters or "x"; None for all parameters.
+        wrt: The variables, names of parameters or "x", in the order wanted; None for all parameters in the order of
+            `NAMES`.
 
     Returns:
-        The blocks, Gauss–Newton and functional part apart, in the order of `NAMES` with "x" last; variables are
-        flattened row by row. Normalised as the loss that r and S come from.
+        The blocks, Gauss–Newton and functional part apart; variables are flattened row by row. Normalised
+        as the loss that r and S come from.
 
     Raises:
         ValueError: As for `block`; or if r or S do not fit or S is not symmetric, or a name in `wrt` is unknown or
@@ -156,11 +157,11 @@ def stack_loss_hessian(
         activation: As for `block`.
         eps: As for `block`.
         causal: As for `block`.
-        wrt: The variables wanted: "x", or a parameter's name behind the number of its block, as in "0.attn.W_Q"; None
-            for all parameters.
+        wrt: The variables, in the order wanted: "x", or a parameter's name behind the number of its block, as in
+            "0.attn.W_Q"; None for all parameters, block by block.
 
     Returns:
-        As `block_loss_hessian`, block by block.
+        As `block_loss_hessian`.
 
     Raises:
         ValueError: As for `block_loss_hessian`, or if there is no block.
@@ -286,12 +287,8 @@ def _assembled(
 ) -> LossHessian:
     """Carry the loss through, and put the blocks into order."""
     known = [*names, INPUT]
-    asked = tuple(names) if wrt is None else tuple(wrt) if isinstance(wrt, (list, tuple)) else ()
-    if not asked or len(set(asked)) != len(asked) or not set(asked) <= set(known):
-        raise ValueError(f"wrt: expected distinct names among {', '.join(known)}, got {wrt!r}")
-    chosen = [name for name in known if name in asked]
-    with_input = INPUT in asked
-    both = stage.carry(_loss(stage, x, r, S), frozenset(asked) - {INPUT}, with_input)
+    chosen = tuple(names) if wrt is None else require_names(wrt, "wrt", known)
+    both = stage.carry(_loss(stage, x, r, S), frozenset(chosen) - {INPUT}, INPUT in chosen)
     shapes = {**stage.shapes, INPUT: x.shape}
     gauss_newton, functional = (Blocks(chosen, _ordered(part, chosen)) for part in both)
     return LossHessian({name: shapes[name] for name in chosen}, gauss_newton, functional)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ldyn import _checks
-from ldyn.hessians._blocks import Blocks, LossHessian
+from ldyn.hessians._blocks import Blocks, LossHessian, require_names
 from ldyn.hessians._ffn_activations import ActivationDerivatives, activation_derivatives, require_activation
 from ldyn.hessians._ffn_products import block_diagonal, full_products, per_token_products, zero_block
 from ldyn.hessians._output import checked_output, is_per_token
@@ -94,7 +94,7 @@ def ffn_loss_hessian(
     """
     phi = require_activation(activation)
     _check_network(x, W1, b1, W2, b2)
-    names = _wanted(wrt)
+    names = VARIABLES if wrt is None else require_names(wrt, "wrt", VARIABLES)
     shapes = {name: variable.shape for name, variable in zip(VARIABLES, (W1, b1, W2, b2, x), strict=True)}
     if x.ndim == 1:
         r, S = _checks.require_tensor(r, "r", ndim=1)[None], _checks.require_tensor(S, "S", ndim=2)[None]
@@ -193,16 +193,6 @@ def _with_inputs(tokens: _Tokens, a: str) -> Tensor:
     block = tokens.x.mT[:, :, None] * bent[:, None]  # (m, d, L, d)
     block.diagonal(dim1=1, dim2=3).add_(multiplied)
     return block.reshape(units * inputs, columns)
-
-
-def _wanted(wrt: Sequence[str] | None) -> tuple[str, ...]:
-    """Check the names of the variables that are wanted."""
-    if wrt is None:
-        return VARIABLES
-    names = tuple(wrt) if isinstance(wrt, (list, tuple)) else ()
-    if not names or len(set(names)) != len(names) or not set(names) <= set(VARIABLES):
-        raise ValueError(f"wrt: expected distinct names among {', '.join(VARIABLES)}, got {wrt!r}")
-    return names
 
 
 def _check_network(x: object, W1: object, b1: object, W2: object, b2: object) -> None:
