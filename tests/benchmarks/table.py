@@ -61,10 +61,10 @@ def at_most(what: str, here: float, peer: str, there: float, limit: float | None
 
 def seconds(value: float) -> str:
     """Write a time with two digits."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3)):
-        if value * scale >= 1:
-            return f"{value * scale:.2g} {unit}" if value * scale < 100 else f"{value * scale:.0f} {unit}"
-    return f"{value * 1e6:.2g} µs"
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if value * scale >= 1 or unit == "µs":
+            break
+    return f"{value * scale:.2g} {unit}" if value * scale < 100 else f"{value * scale:.0f} {unit}"
 
 
 def timed(calls: Sequence[Callable[[], object]], *, rounds: int = 5) -> list[float]:
