@@ -82,7 +82,7 @@ nbval: book
 
 site: book
 	@echo '==> reading the site in a browser'
-	@$(PY) -m pytest -n 2 tests/site
+	@$(PY) -m pytest -n 2 --dist loadgroup tests/site
 
 notebooks: book
 	@$(PY) book/_ext/plain_notebooks.py $(EXECUTED)/book notebooks

@@ -204,6 +204,9 @@ def _add_product(total: Tensor, one: Tensor, two: Tensor, *, same: bool) -> None
 
 def _add_without_positions(block: Tensor, left: Outer, right: Outer) -> None:
     """Add (inputs' Gram + 1) ∘ (grads' Gram)."""
+    if right is left and len(left.grads) == 1 and not left.tokens:
+        _add_upper_triangle(block[0, :, 0], left)
+        return
     if left.tokens:
         inner = (left.inputs == right.inputs.T).to(block.dtype)
     else:
@@ -226,6 +229,16 @@ def _add_without_positions(block: Tensor, left: Outer, right: Outer) -> None:
         outer = one[start:stop].flatten(0, 1) @ one[start:].flatten(0, 1).T
         part = outer.view(stop - start, len(inner), -1, len(inner))
         block[start:stop, :, start:].addcmul_(part, inner[None, :, None, :])
+
+
+def _add_upper_triangle(block: Tensor, side: Outer) -> None:
+    """Add the products of examples with themselves and later ones to (N, N), for the gradients of a single output."""
+    inputs, grads = side.inputs.flatten(1), side.grads[0].flatten(1)
+    for start, stop in _ranges(len(inputs)):
+        inner = inputs[start:stop] @ inputs[start:].T
+        if side.bias:
+            inner += 1
+        block[start:stop, start:].addcmul_(grads[start:stop] @ grads[start:].T, inner)
 
 
 def _one_hot(grads: Tensor) -> tuple[Tensor, Tensor] | None:

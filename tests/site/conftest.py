@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, sync_playwright
+
+from .opened import Shelf, Visit, Way, start
 
 SITE = Path(os.environ.get("LDYN_SITE", Path(__file__).parents[2] / "_build" / "html"))
+LEDGER = SITE / "ledger.json"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SWITCHES = [
     "--no-sandbox",
@@ -35,22 +38,47 @@ def pages() -> list[str]:
     return [path for path in found if path != "index.html" and not path.startswith("_")]
 
 
+def chapters() -> list[str]:
+    """List the chapters; each has statements."""
+    return [path for path in pages() if path.count("/") > 1]
+
+
+def titled() -> list[str]:
+    """List the pages with a statement that has a title."""
+    rows = json.loads(LEDGER.read_text(encoding="utf-8")) if LEDGER.is_file() else []
+    return sorted({f"{row['page']}.html" for row in rows if row["title"]})
+
+
+PAGES = {"path": pages, "chapter": chapters, "stated": titled}
+"""What a test gets in turn for an argument of this name."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a test that asks for `path` every page, and one that asks for `chapter` every page with statements."""
-    if "path" in metafunc.fixturenames:
-        metafunc.parametrize("path", pages() or ["(no site)"])
-    if "chapter" in metafunc.fixturenames:
-        chapters = [path for path in pages() if path.count("/") > 1]
-        metafunc.parametrize("chapter", chapters or ["(no site)"])
+    """Run a test once for every page of the kind that it asks for."""
+    for name in PAGES.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(name, PAGES[name]() or ["(no site)"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the site; skip it where there is none."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.site)
-            if not pages():
-                item.add_marker(pytest.mark.skip(reason=f"no site in {SITE}: run `make book` first"))
+    """Mark what needs the site; skip it where there is none. Bring the tests of a page together."""
+    ours = [item for item in items if Path(__file__).parent in item.path.parents]
+    places = [place for place, item in enumerate(items) if item in set(ours)]
+    for item in ours:
+        item.add_marker(pytest.mark.site)
+        if group(item):
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+        if not pages():
+            item.add_marker(pytest.mark.skip(reason=f"no site in {SITE}: run `make book` first"))
+    for place, item in zip(places, sorted(ours, key=group), strict=True):
+        items[place] = item
+
+
+def group(item: pytest.Item) -> str:
+    """Name the tests that share something that takes long to get: open pages, or the parsed text of all of them."""
+    if item.path.stem == "test_links":
+        return item.path.stem
+    given: dict[str, str] = item.callspec.params if hasattr(item, "callspec") else {}
+    return next((value for name, value in given.items() if name in PAGES), "")
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -82,44 +110,38 @@ def browser() -> Iterator[Browser]:
         started.close()
 
 
-@dataclass
-class Visit:
-    """A page that is open in the browser, and what happened while it was read."""
-
-    page: Page
-    complaints: list[str] = field(default_factory=list)
-
-
-Open = Callable[..., Any]
+Open = Callable[..., AbstractContextManager[Visit]]
 
 
 @pytest.fixture
 def visit(browser: Browser, site: str) -> Open:
-    """Open pages: `with visit(path, scheme="dark", width=390) as seen: seen.page`."""
+    """Open a page of one's own, to act on: `with visit(path, scheme="dark", width=390) as seen: seen.page`."""
 
     @contextmanager
-    def opened(
-        path: str, *, scheme: str = "light", width: int = 1280, scripts: bool = True, base: str = site
-    ) -> Iterator[Visit]:
-        context = browser.new_context(
-            color_scheme=scheme,
-            viewport={"width": width, "height": 900},
-            java_script_enabled=scripts,
-            reduced_motion="reduce",
-        )
-        context.set_default_timeout(5000)
-        seen = Visit(context.new_page())
-        note = seen.complaints.append
-        seen.page.on("console", lambda m: note(f"console: {m.text}") if m.type in ("error", "warning") else None)
-        seen.page.on("pageerror", lambda error: note(f"uncaught: {error}"))
-        # A request that the next page cuts short is no failure.
-        seen.page.on("requestfailed", lambda r: None if "ABORTED" in r.failure else note(f"failed: {r.url}"))
-        seen.page.on("response", lambda r: note(f"{r.status}: {r.url}") if r.status >= 400 else None)
-        seen.page.on(
-            "request", lambda r: None if r.url.startswith((base, "data:", "blob:")) else note(f"request: {r.url}")
-        )
-        seen.page.goto(f"{base}/{path}", wait_until="load")
+    def opened(path: str, *, base: str = site, **way: Any) -> Iterator[Visit]:
+        context, seen = start(browser, base, Way(path, **way))
         yield seen
         context.close()
+
+    return opened
+
+
+@pytest.fixture(scope="session")
+def shelf(browser: Browser, site: str) -> Iterator[Shelf]:
+    """Keep the pages that tests share."""
+    kept = Shelf(browser, site)
+    yield kept
+    kept.clear()
+
+
+@pytest.fixture
+def read(shelf: Shelf) -> Open:
+    """Read a page that tests share: `with read(path, unfolded=True) as seen`.
+
+    A test leaves it as it is, or says `last=True`: then no other test gets it.
+    """
+
+    def opened(path: str, *, last: bool = False, **way: Any) -> AbstractContextManager[Visit]:
+        return shelf.read(Way(path, **way), last=last)
 
     return opened

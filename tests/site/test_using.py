@@ -7,38 +7,28 @@ import re
 
 import nbformat
 import pytest
-from playwright.sync_api import Locator
 
-from .conftest import SITE, Open
+from .conftest import LEDGER, SITE, Open
 
 FOLDED = "details.ldyn-badge, details.admonition"
-LEDGER = SITE / "ledger.json"
-
-
-def is_open(details: Locator) -> bool:
-    return bool(details.evaluate("element => element.open"))
-
-
-def test_evidence_and_solutions_open_by_click_and_by_keyboard(visit: Open, chapter: str) -> None:
-    with visit(chapter) as seen:
-        folded = seen.page.locator(FOLDED)
-        if folded.count() == 0:
-            pytest.skip("nothing to unfold on this page")
-        assert not any(is_open(details) for details in folded.all())
-        for details in folded.all():
-            summary = details.locator("> summary")
-            assert summary.text_content().strip()
-            inside = details.locator("> :not(summary)").first
-            assert not inside.is_visible()
-            summary.click()
-            assert is_open(details) and inside.is_visible()
-            summary.click()
-            assert not is_open(details)
-            summary.focus()
-            seen.page.keyboard.press("Enter")
-            assert is_open(details) and inside.is_visible()
-            seen.page.keyboard.press("Space")
-            assert not is_open(details)
+# Whether the details are open, whether what follows their summary has a size and shows, and the summary.
+LOOK = """element => {
+  const [summary, inside] = [':scope > summary', ':scope > :not(summary)'].map(e => element.querySelector(e));
+  const {width, height} = inside.getBoundingClientRect();
+  const shows = width > 0 && height > 0 && inside.checkVisibility({visibilityProperty: true});
+  return [element.open, shows, summary.textContent.trim()];
+}"""
+# The place of what a link leads to, once it has stood still for a third of a second.
+COMES_TO_REST = """label => new Promise(resolve => {
+  const place = () => document.getElementById(label).getBoundingClientRect().top;
+  let [last, still] = [place(), 0];
+  const look = () => {
+    const now = place();
+    [last, still] = [now, now === last ? still + 1 : 0];
+    if (still < 20) requestAnimationFrame(look); else resolve(now);
+  };
+  requestAnimationFrame(look);
+})"""
 
 
 def test_a_reference_shows_what_it_leads_to(visit: Open) -> None:
@@ -69,17 +59,19 @@ def test_a_reference_shows_what_it_leads_to(visit: Open) -> None:
         assert seen.complaints == []
 
 
-def test_every_statement_has_its_badge(visit: Open, chapter: str) -> None:
+def test_every_statement_has_its_badge(read: Open, chapter: str) -> None:
     stated = [row["label"] for row in json.loads(LEDGER.read_text()) if f"{row['page']}.html" == chapter]
-    with visit(chapter) as seen:
-        badges = seen.page.locator("details.ldyn-badge")
-        holders = badges.evaluate_all("list => list.map(badge => badge.parentElement.id)")
-        assert sorted(holders) == sorted(stated)
-        for badge in badges.all():
-            title = badge.locator("xpath=preceding-sibling::*[1]")
-            assert "admonition-title" in title.get_attribute("class")
-            across, beside = title.bounding_box(), badge.locator("> summary").bounding_box()
-            assert beside["x"] > across["x"] + 100 and abs(beside["y"] - across["y"]) < 12
+    measure = """list => list.map(badge => {
+      const title = badge.previousElementSibling, summary = badge.querySelector(':scope > summary');
+      const [across, beside] = [title, summary].map(element => element.getBoundingClientRect());
+      return [badge.parentElement.id, title.className, beside.x - across.x, beside.y - across.y];
+    })"""
+    with read(chapter) as seen:
+        badges = seen.page.locator("details.ldyn-badge").evaluate_all(measure)
+    assert sorted(holder for holder, *_ in badges) == sorted(stated)
+    for holder, title, right, down in badges:
+        assert "admonition-title" in title, holder
+        assert right > 100 and abs(down) < 12, holder
 
 
 def test_dark_and_light(visit: Open, chapter: str) -> None:
@@ -114,24 +106,27 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_figures_say_what_they_show(visit: Open, chapter: str) -> None:
-    with visit(chapter) as seen:
-        for drawing in seen.page.locator(".drawing svg").all():
-            assert drawing.get_attribute("role") == "img"
-            assert len(drawing.get_attribute("aria-label")) > 20
-            assert len(drawing.locator("xpath=ancestor::figure//figcaption").text_content()) > 20
+def test_figures_say_what_they_show(read: Open, chapter: str) -> None:
+    describe = """drawings => drawings.map(drawing => [
+      drawing.getAttribute('role'), drawing.getAttribute('aria-label') || '',
+      drawing.closest('figure')?.querySelector('figcaption')?.textContent || '',
+    ])"""
+    with read(chapter) as seen:
+        for role, label, caption in seen.page.locator(".drawing svg").evaluate_all(describe):
+            assert role == "img"
+            assert len(label) > 20
+            assert len(caption) > 20
 
 
-def test_search_finds_every_statement(visit: Open) -> None:
-    statements = [row for row in json.loads(LEDGER.read_text()) if row["title"]]
-    assert statements
+def test_search_finds_every_statement(visit: Open, stated: str) -> None:
+    rows = json.loads(LEDGER.read_text())
+    titles = [row["title"] for row in rows if f"{row['page']}.html" == stated and row["title"]]
+    assert titles
     with visit("search.html") as seen:
-        for row in statements:
-            words = re.findall(r"[A-Za-z]{4,}", re.sub(r"\$[^$]*\$|\\\w+", " ", row["title"]))
+        for title in titles:
+            words = re.findall(r"[A-Za-z]{4,}", re.sub(r"\$[^$]*\$|\\\w+", " ", title))
             seen.page.goto(seen.page.url.split("?")[0] + "?q=" + "+".join(words))
-            seen.page.locator("#search-results .search-summary, #search-results p").first.wait_for()
-            result = seen.page.locator(f"#search-results a[href*='{row['page']}.html']")
-            result.first.wait_for(timeout=5000)
+            seen.page.locator(f"#search-results a[href*='{stated}']").first.wait_for()
         assert seen.complaints == []
 
 
@@ -145,8 +140,8 @@ def test_a_search_starts_from_any_page(visit: Open, chapter: str) -> None:
         seen.page.wait_for_url("**/search.html?q=theorem**")
 
 
-def test_the_ledger_is_one_click_away(visit: Open, path: str) -> None:
-    with visit(path) as seen:
+def test_the_ledger_is_one_click_away(read: Open, path: str) -> None:
+    with read(path) as seen:
         assert seen.page.locator("nav a[href$='ledger.html'], nav li.current a").count() > 0
 
 
@@ -164,18 +159,16 @@ def test_the_ledger_page_and_the_json_agree(visit: Open) -> None:
 def test_a_link_to_a_statement_leads_to_it(visit: Open, chapter: str) -> None:
     """Also far down a long page, from another page and on this one."""
     stated = [row["label"] for row in json.loads(LEDGER.read_text()) if f"{row['page']}.html" == chapter]
-    from_top = "label => document.getElementById(label).getBoundingClientRect().top"
     with visit("book/ledger.html") as seen:
         seen.page.locator(f"#ledger-{stated[-1]} th a").click()
         seen.page.wait_for_url(f"**/{chapter}#{stated[-1]}")
         for label in (stated[-1], stated[0], stated[len(stated) // 2]):
             seen.page.evaluate("label => { location.hash = label }", label)
-            seen.page.wait_for_timeout(1500)
-            assert 0 <= seen.page.evaluate(from_top, label) < 300
+            assert 0 <= seen.page.evaluate(COMES_TO_REST, label) < 300
 
 
-def test_a_chapter_can_be_taken_along(visit: Open, chapter: str) -> None:
-    with visit(chapter) as seen:
+def test_a_chapter_can_be_taken_along(read: Open, chapter: str) -> None:
+    with read(chapter) as seen:
         link = seen.page.locator("a.btn-download-notebook-button")
         target = link.evaluate("element => element.href").split("/notebooks/")[1]
     notebook = nbformat.read(SITE / "notebooks" / target, as_version=4)
@@ -184,3 +177,24 @@ def test_a_chapter_can_be_taken_along(visit: Open, chapter: str) -> None:
     assert code and all(cell.execution_count for cell in code)
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert not re.search(r"^\s*[`:]{3,}\s*\{|\{[\w:-]+\}`|^\([\w-]+\)=", prose, re.MULTILINE)
+
+
+def test_evidence_and_solutions_open_by_click_and_by_keyboard(read: Open, chapter: str) -> None:
+    with read(chapter, last=True) as seen:
+        press = seen.page.keyboard.press
+        folded = seen.page.locator(FOLDED).element_handles()
+        if not folded:
+            pytest.skip("nothing to unfold on this page")
+        for details in folded:
+            summary = details.query_selector(":scope > summary")
+            is_open, shows, text = details.evaluate(LOOK)
+            assert text and not is_open and not shows
+            summary.click()
+            assert details.evaluate(LOOK)[:2] == [True, True], text
+            summary.click()
+            assert details.evaluate(LOOK)[:2] == [False, False], text
+            summary.focus()
+            press("Enter")
+            assert details.evaluate(LOOK)[:2] == [True, True], text
+            press("Space")
+            assert details.evaluate(LOOK)[:2] == [False, False], text
