@@ -1,7 +1,8 @@
 """Measures what pseudo-NTKs do on all the handwritten digits, and keeps the results in a file of the library.
 
 ``python -m ldyn.kernels.pntk_sweep`` writes ``ldyn/_data/pntk_digits.csv``, which the chapter *What one number a pair
-predicts* reads by `records`. It takes about forty minutes of one core; what the file already holds is not measured again.
+predicts* reads by `records`. It takes about forty minutes of one core; what the file already holds is not measured
+again.
 """
 
 from __future__ import annotations
