@@ -23,6 +23,9 @@ WORKSPACE = 2**24
 SLICE = 2**20
 """How many numbers of formed gradients are contracted at a time: what a processor's cache holds."""
 
+WORTH_CUTTING = 96
+"""How many rows make it worth computing an upper triangle in four pieces: fewer calls beat fewer products before."""
+
 
 @dataclass(frozen=True, eq=False)
 class Direct:
@@ -187,15 +190,16 @@ def _matrix(block: Tensor) -> Tensor:
     return block.view(block.shape[0] * block.shape[1], -1)
 
 
-def _ranges(size: int) -> list[tuple[int, int]]:
-    """Cut a range into four, for products of which only the upper triangle is wanted."""
-    cuts = [size * k // 4 for k in range(5)]
+def _ranges(size: int, rows: int = 1) -> list[tuple[int, int]]:
+    """Cut a range of blocks of so many rows into four, for products of which only the upper triangle is wanted."""
+    pieces = 4 if size * rows >= WORTH_CUTTING else 1
+    cuts = [size * k // pieces for k in range(pieces + 1)]
     return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
 
 
 def _add_product(total: Tensor, one: Tensor, two: Tensor, *, same: bool) -> None:
     """Add one · twoᵀ, its upper triangle alone if the two are the same."""
-    if not same or len(one) < 64:
+    if not same:
         total.addmm_(one, two.T)
         return
     for start, stop in _ranges(len(one)):
@@ -221,11 +225,11 @@ def _add_without_positions(block: Tensor, left: Outer, right: Outer) -> None:
         if bool((same.sum(0) == 1).all()):
             block.diagonal(dim1=0, dim2=2).add_(inner[..., None] * (value.T[:, None] * other.T[None, :]))
             return
-    if right is not left or len(one) < 4:
+    if right is not left:
         outer = one.flatten(0, 1) @ two.flatten(0, 1).T
         block.addcmul_(outer.view_as(block), inner[None, :, None, :])
         return
-    for start, stop in _ranges(len(one)):
+    for start, stop in _ranges(len(one), len(inner)):
         outer = one[start:stop].flatten(0, 1) @ one[start:].flatten(0, 1).T
         part = outer.view(stop - start, len(inner), -1, len(inner))
         block[start:stop, :, start:].addcmul_(part, inner[None, :, None, :])

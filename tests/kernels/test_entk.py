@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldyn.kernels import entk as module
+from ldyn.kernels._gram import WORTH_CUTTING
 from ldyn.kernels.entk import entk, entk_vector_product, pntk
 from ldyn.models import mlp
 from tests.kernels.odd_models import Calls, build, one_by_one, vectors, weight
@@ -59,6 +60,19 @@ def test_positions_of_any_number_and_size(count, positions, inputs, outputs, cla
     for method in ("structured", "jacobian"):
         assert off(entk(model, x, method=method), torch.einsum("iap,jbp->ijab", own, own)) < 1e-12
     assert off(pntk(model, x), torch.einsum("iap,jap->ij", own, own) / classes) < 1e-12
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 5])
+@pytest.mark.parametrize("rows", [WORTH_CUTTING - 1, WORTH_CUTTING, 2 * WORTH_CUTTING + 1])
+def test_a_triangle_in_one_piece_or_in_four(outputs, rows):
+    count = -(-rows // outputs)
+    model = mlp((4, 3, outputs), activation="tanh")
+    x = vectors(count, width=4)
+    kernel = entk(model, x, method="structured")
+    own = one_by_one(model, x)
+    assert off(kernel, torch.einsum("iap,jbp->ijab", own, own)) < 1e-12
+    assert torch.equal(kernel, kernel.permute(1, 0, 3, 2))
+    assert off(pntk(model, x, kind="sum"), kernel.sum((2, 3)) / outputs) < 1e-12
 
 
 def test_transposition_and_positivity():
