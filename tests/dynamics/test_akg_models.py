@@ -12,17 +12,11 @@ from torch.nn import functional
 from ldyn import _linearize
 from ldyn.dynamics import akg as dyn
 from ldyn.models import mlp
+from tests.callers_model import same, seeded, snapshot
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def seeded(make, seed=0):
-    """Build a module without disturbing the global generator; float64, evaluation mode."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make().double().eval()
 
 
 class Doubling(torch.autograd.Function):
@@ -172,22 +166,6 @@ def logits_in(output):
     if isinstance(output, tuple):
         return output[0]
     return output["logits"] if type(output) is dict else getattr(output, "logits", output)
-
-
-def snapshot(model):
-    return (
-        {name: value.clone() for name, value in model.state_dict().items()},
-        {name: module.training for name, module in model.named_modules()},
-        {name: (p.requires_grad, p.grad, p.data_ptr()) for name, p in model.named_parameters()},
-        {name: (len(m._forward_hooks), len(m._backward_hooks)) for name, m in model.named_modules()},
-        torch.get_default_dtype(),
-        torch.get_rng_state(),
-    )
-
-
-def same(first, second):
-    values = all(torch.equal(first[0][name], second[0][name]) for name in first[0])
-    return values and first[1:5] == second[1:5] and torch.equal(first[5], second[5])
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
