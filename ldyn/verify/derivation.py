@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy as sp
@@ -27,6 +27,7 @@ class Derivation:
 
     steps: tuple[Step, ...]
     where: Where | None = None
+    stacked: bool = False
 
     @property
     def first(self) -> Any:
@@ -64,7 +65,7 @@ class Derivation:
             raise Refuted(f"step {len(self.steps)} ({because}): the sides differ, relatively by {decision.witness:.1e}")
         if decision.verdict is Verdict.UNKNOWN:
             raise Undecided(f"step {len(self.steps)} ({because}): SymPy cannot decide that the sides are equal")
-        return Derivation((*self.steps, Step("=", expression, because)), self.where)
+        return replace(self, steps=(*self.steps, Step("=", expression, because)))
 
     def le(self, expression: Any, *, because: str, gap: Any) -> Derivation:
         """Add an expression that is at least as large as the last one.
@@ -91,7 +92,7 @@ class Derivation:
                 raise Refuted(f"step {len(self.steps)} ({because}): false that the {what}")
             if verdict is Verdict.UNKNOWN:
                 raise Undecided(f"step {len(self.steps)} ({because}): SymPy cannot decide that the {what}")
-        return Derivation((*self.steps, Step("<=", expression, because)), self.where)
+        return replace(self, steps=(*self.steps, Step("<=", expression, because)))
 
     def _repr_latex_(self) -> str:
         return f"$${self.latex()}$$"
@@ -106,28 +107,35 @@ class Derivation:
         """Return the chain as one aligned display.
 
         Returns:
-            LaTeX without delimiters; the first line holds the start and the first step.
+            LaTeX without delimiters; the first line holds the start and the first step, or the start alone if the
+            chain is stacked.
         """
-        lines = []
-        for number, step in enumerate(self.steps[1:]):
-            left = sp.latex(self.first) if number == 0 else ""
+        start, steps = sp.latex(self.first), self.steps[1:]
+        apart = self.stacked or not steps
+        lines = [f"& {start}"] if apart else []
+        indent = r"\quad " if apart else ""
+        for step in steps:
+            left = "" if lines else start
             sign = r"\le" if step.relation == "<=" else "="
-            lines.append(rf"{left} &{sign} {sp.latex(step.expression)} && {{\footnotesize\text{{{step.because}}}}}")
-        body = " \\\\[4pt]\n".join(lines) if lines else f"& {sp.latex(self.first)}"
+            reason = rf"{{\footnotesize\text{{{step.because}}}}}"
+            lines.append(rf"{left} &{indent}{sign} {sp.latex(step.expression)} && {reason}")
+        body = " \\\\[4pt]\n".join(lines)
         return f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}"
 
 
-def derive(expression: Any, *, where: Where | None = None) -> Derivation:
+def derive(expression: Any, *, where: Where | None = None, stacked: bool = False) -> Derivation:
     """Start a derivation.
 
     Args:
         expression: A SymPy expression or matrix; index notation is welcome.
         where: Definitions of the names it uses, shown by name and unfolded when a step is checked.
+        stacked: Whether the expression stands on a line of its own, above the others: for a chain that would be
+            wider than the page.
 
     Returns:
         A chain of one line, to be continued by `to` and `le`.
     """
-    return Derivation((Step("", _sympified(expression), ""),), where)
+    return Derivation((Step("", _sympified(expression), ""),), where, stacked)
 
 
 def _sympified(expression: Any) -> Any:

@@ -60,6 +60,12 @@ COLOURS_READ_ONCE = """() => {
   };
 }"""
 
+# The ledger's table and its graph are as wide as they need to be, and scroll on any screen.
+TOO_WIDE = """() => [...document.querySelectorAll('article *')].filter(e =>
+  ['auto', 'scroll'].includes(getComputedStyle(e).overflowX) && e.scrollWidth > e.clientWidth + 1
+  && !e.matches('.ldyn-scroll')
+).map(e => `${e.tagName} by ${e.scrollWidth - e.clientWidth}: ` + (e.innerText || '').slice(0, 300))"""
+
 FIGURE_BLUE = "getComputedStyle(document.documentElement).getPropertyValue('--figure-blue').trim()"
 CODE_INKS = "[...document.querySelectorAll('article .highlight span')].map(e => getComputedStyle(e).color)"
 
@@ -97,6 +103,11 @@ def test_a_phone_never_scrolls_sideways(read: Open, path: str) -> None:
         assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390
         assert seen.page.evaluate(LOST_TO_THE_RIGHT) == []
         assert seen.page.evaluate(UNREACHABLE) == []
+
+
+def test_code_and_formulas_fit_the_column_of_a_desktop(read: Open, path: str) -> None:
+    with read(path, unfolded=True) as seen:
+        assert seen.page.evaluate(TOO_WIDE) == []
 
 
 def test_paper(read: Open, chapter: str) -> None:

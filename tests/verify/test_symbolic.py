@@ -228,6 +228,17 @@ def test_a_chain_renders_as_one_aligned_display_with_its_reasons():
     assert r"\le" in derive(x).le(x + y**2, because="square", gap=y**2).latex()
 
 
+def test_a_stacked_chain_starts_on_a_line_of_its_own():
+    chain = (
+        derive(x * y, stacked=True).to(y * x, because="commute").le(x * y + 1, because="one more", gap=sp.Integer(1))
+    )
+    first, second, third = chain.latex().removeprefix("\\begin{aligned}\n").split(" \\\\[4pt]\n")
+    assert first == "& x y"
+    assert second == r" &\quad = x y && {\footnotesize\text{commute}}"
+    assert third.startswith(r" &\quad \le x y + 1 &&")
+    assert derive(x, stacked=True).latex() == derive(x).latex()
+
+
 def test_second_derivatives_and_composite_expressions_render():
     assert r"\frac{\partial^{2} {p}_{k}}{\partial {z}_{i}\,\partial {z}_{j}}" in sp.latex(partial(p[k], z[i], z[j]))
     assert r"\frac{\partial}{\partial {z}_{i}}\left(" in sp.latex(partial(sp.log(S), z[i]))
