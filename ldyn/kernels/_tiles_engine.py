@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ class Job:
             )
 
     def fill(self, store: Store, place: Place) -> None:
-        """Compute and write a tile that is missing, and then its mirror image.
+        """Compute and write a tile that is missing, and then its mirror image, to the same bits.
 
         Args:
             store: The store.
@@ -130,12 +131,12 @@ class Job:
             if not (store.path / METADATA).is_file():
                 raise ValueError(f"path: expected a folder that every worker can reach, got {store.path}")
             value: NDArray[Any]
-            if store.has(place):
+            if known := store.has(place):
                 value = store.read(place)
             else:
                 value = self.between(*store.spans(place)).cpu().numpy()
                 store.write(place, value)
-            if store.manifest.symmetric and not store.has(mirror):
+            if store.manifest.symmetric and place != mirror and not (known and store.has(mirror)):
                 store.write(mirror, value.T)
 
 
@@ -238,14 +239,19 @@ def _hash_inputs(x: Inputs) -> str:
 
 
 def _hash(items: Iterable[tuple[str, object]]) -> str:
-    """Return a hash of named values: of tensors dtype, shape and bytes."""
+    """Return a hash of named values: of tensors and arrays, also in lists and mappings, dtype, shape and bytes."""
     total = hashlib.sha256()
     for name, value in items:
         total.update(f"{name!r}:".encode())
-        if not isinstance(value, Tensor):
+        if isinstance(value, Tensor):
+            total.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            total.update(flat.view(torch.uint8).numpy().data)
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            total.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())  # its text leaves numbers out
+        elif isinstance(value, (list, tuple, Mapping)):
+            inner = value.items() if isinstance(value, Mapping) else enumerate(value)
+            total.update(f"{type(value).__name__}{_hash((repr(key), each) for key, each in inner)}".encode())
+        else:
             total.update(repr(value).encode())
-            continue
-        total.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +25,8 @@ class Solution(NamedTuple):
     Attributes:
         solution: (N,) or (N, C), as the right-hand side.
         iterations: steps taken, each one pass over the kernel.
-        residual: ‖y − (K + λI)a‖/‖y‖ of this solution, Frobenius norms, computed from it and not carried along.
+        residual: ‖y − (K + λI)a‖/‖y‖ of this very solution, Frobenius norms, computed from it and not carried along. In
+            float32 or float16 it can be above `rtol`, for the solution is rounded after it was found.
     """
 
     solution: Tensor
@@ -100,7 +102,8 @@ def nystrom(apply: Product, size: int, rank: int, ridge: float) -> Product:
     """Approximate (K + λI)⁻¹ up to a factor, by the part of K that one product with random columns shows.
 
     The sketch KΩ gives K ≈ UΛUᵀ of rank r. On the span of U the approximation divides by Λ + λ, on the rest by Λ_r + λ
-    with the least entry of Λ, as if all eigenvalues that were not seen were that large.
+    with the least entry of Λ, as if all eigenvalues that were not seen were that large. Entries of Λ + λ that are no
+    more than rounding count as not seen: r may be larger than the rank of K.
 
     Args:
         apply: Product with K, (N, N) and positive semidefinite.
@@ -120,7 +123,8 @@ def nystrom(apply: Product, size: int, rank: int, ridge: float) -> Product:
     kept = seen > shift / 2
     u, s, _ = np.linalg.svd(sketch @ (mixed[:, kept] / np.sqrt(seen[kept])), full_matrices=False)
     values = np.maximum(s**2 - shift, 0.0) + ridge
-    u, values = u[:, values > 0], values[values > 0]
+    known = values > 10 * shift  # what is less is rounding, by which nothing is divided
+    u, values = u[:, known], values[known]
     gain = (values.min(initial=np.inf) / values - 1)[:, None]
     return lambda v: v + u @ (gain * (u.T @ v))
 
@@ -159,6 +163,9 @@ def conjugate_gradients(
     Raises:
         NotConverged: If the residual does not get there.
     """
+    peak = float(np.abs(rhs).max())
+    unit = 2.0 ** (math.frexp(peak)[1] - 1)  # a power of two, so that squares neither overflow nor vanish, to the bit
+    rhs, start = rhs / unit, start / unit
     scale = float(np.linalg.norm(rhs))
     linalg = required("scipy.sparse.linalg")
 
@@ -170,11 +177,13 @@ def conjugate_gradients(
         return float(np.linalg.norm(rhs.reshape(-1) - times(x))) / scale
 
     def found(x: Array, taken: int, residual: float) -> Solution:
-        value = torch.from_numpy(x.copy()).to(like.device, like.dtype).reshape(like.shape)
-        return Solution(value, taken, residual)
+        value = torch.from_numpy(x * unit).to(like.dtype)
+        if like.dtype != torch.float64:
+            residual = distance(value.numpy().astype(np.float64) / unit)
+        return Solution(value.to(like.device).reshape(like.shape), taken, residual)
 
-    if scale == 0:
-        return found(np.zeros(rhs.size), 0, 0.0)
+    if peak == 0:
+        return Solution(torch.zeros_like(like), 0, 0.0)
     best = start.reshape(-1)
     residual, taken = distance(best), 0
     operator = linalg.LinearOperator((rhs.size, rhs.size), matvec=times, dtype=np.float64)
@@ -185,7 +194,7 @@ def conjugate_gradients(
             operator.shape, matvec=lambda flat: near(flat.reshape(rhs.shape)).reshape(-1), dtype=np.float64
         )
     with progress_bar(None, desc="conjugate gradients", unit="pass", shown=progress) as bar:
-        while residual > rtol and taken < max_iter:
+        while not residual <= rtol and taken < max_iter:
             count = _Count(bar)
             with np.errstate(
                 all="ignore"
@@ -207,7 +216,7 @@ def conjugate_gradients(
             if not now < before / 2:
                 break
     result = found(best, taken, residual)
-    if residual > rtol:
+    if not residual <= rtol:
         raise NotConverged(
             f"expected a relative residual of {rtol:.3g}, got {residual:.3g} after {taken} iterations: allow more of"
             " them (max_iter), starting where these ended (initial=error.solution.solution), a higher rank, or a larger"

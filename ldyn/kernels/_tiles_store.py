@@ -205,11 +205,17 @@ class Store:
         if not np.array_equal(value, self.read(mirror).T):
             raise ValueError(f"path: expected a symmetric kernel, got {self.file(mirror)} that is not the mirror image")
 
-    def repair(self, place: Place) -> None:
-        """Take a tile and its mirror image away unless both are sound."""
+    def is_sound(self, place: Place) -> bool:
+        """Tell whether a tile exists and nothing is wrong with it."""
         try:
             self.check(place)
         except ValueError:
+            return False
+        return True
+
+    def repair(self, place: Place) -> None:
+        """Take a tile and its mirror image away unless both are sound."""
+        if not self.is_sound(place):
             for one in (place, (place[1], place[0])) if self.manifest.symmetric else (place,):
                 self.file(one).unlink(missing_ok=True)
 
@@ -239,9 +245,9 @@ def as_path(path: object) -> Path:
         The absolute path.
 
     Raises:
-        ValueError: If it is none, or there is a file.
+        ValueError: If it is none but an address on the network, for instance, or there is a file.
     """
-    if not isinstance(path, (str, os.PathLike)) or not str(path):
+    if not isinstance(path, (str, os.PathLike)) or not str(path) or "://" in str(path):
         raise ValueError(f"path: expected a path to a folder, got {_checks.describe(path)}")
     found = Path(path).absolute()
     if found.exists() and not found.is_dir():
@@ -294,7 +300,7 @@ def create(path: Path, manifest: Manifest) -> Store:
     """
     zarr, codecs = required("zarr"), required("zarr.codecs")
     array = zarr.create_array(
-        store=str(path),
+        store=path,  # as a string, some names would be read as addresses
         shape=manifest.shape,
         chunks=manifest.chunk,
         dtype=manifest.dtype,
@@ -332,7 +338,7 @@ def open_store(path: Path, *, write: bool) -> tuple[Store, bool]:
     if not (path / METADATA).is_file():
         raise ValueError(f"{foreign}, which has no {METADATA}")
     try:
-        array = zarr.open_array(store=str(path), mode="r+" if write else "r", zarr_format=3)
+        array = zarr.open_array(store=path, mode="r+" if write else "r", zarr_format=3)
         noted = array.attrs.asdict().get(ATTRIBUTE)
     except OSError:
         raise

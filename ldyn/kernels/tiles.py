@@ -152,10 +152,11 @@ def tiled_gram(
     """Compute a pseudo-NTK tile by tile into a folder, or finish one that was begun there.
 
     Every tile is written as soon as it is known and depends on nothing but the model and its rows and columns, so that
-    the same call takes up an interrupted run, with at most the tile lost that was being computed (on a cluster one
+    the same call takes up a run that was killed, with at most the tile lost that was being computed (on a cluster one
     for each worker), and ends with the same bits as one that was never interrupted; products of matrices have other
-    last bits where PyTorch uses another number of threads. The tiles that are there are read and checked first. A
-    store of another kernel is refused, and stays as it is.
+    last bits where PyTorch uses another number of threads, or runs on another processor. The tiles that are there are
+    read and checked first. A store of another kernel is refused, and stays as it is. After a power failure the tiles
+    that the system had not yet brought to the disk may be damaged, which is noticed; `repair` computes them again.
 
     Memory is needed for one tile, for what `ldyn.kernels.entk.pntk` needs for it, and for the model and the inputs,
     on each worker. A symmetric kernel is computed once above the diagonal and written twice.
@@ -191,13 +192,16 @@ def tiled_gram(
     with locked(place):
         store, finished = (create(place, manifest), False) if is_new(place) else open_store(place, write=True)
         require_match(store.manifest, manifest, place)
-        if repair and finished:
-            store.reopen()
-            finished = False
-        _check(store, finished, progress, store.repair if repair else store.check)
-        present = next((one for one in store.places() if store.has(one)), None)
-        if present is not None:
-            job.require_same_kernel(store, present)
+        if not repair:
+            _check(store, finished, progress, store.check)
+        sound = next((one for one in store.places() if store.is_sound(one)), None)
+        if sound is not None:
+            job.require_same_kernel(store, sound)
+        if repair:
+            if finished:
+                store.reopen()
+                finished = False
+            _check(store, finished, progress, store.repair)
         if not finished:
             run(job, store, client=client, progress=progress)
             store.finish()
@@ -258,7 +262,8 @@ def solve(
         kernel: A symmetric kernel (N, N), positive semidefinite: in tiles, or as a tensor.
         rhs: (N,) or (N, C), in the dtype and on the device of the kernel (a kernel in tiles is on the CPU).
         ridge: λ ≥ 0, added to the diagonal.
-        rtol: Norm of the residual y − (K + λI)a that is small enough, over all columns and relative to that of y.
+        rtol: Norm of the residual y − (K + λI)a that is small enough, over all columns and relative to that of y, for
+            the solution in float64, which is then rounded to the dtype of the kernel.
         max_iter: Passes over the tiles that are allowed.
         initial: Where to start, of the shape of `rhs`; None for zero.
         rank: Rank of the preconditioner, at most N: a randomised Nyström approximation of K (Frangella, Tropp and
@@ -267,7 +272,7 @@ def solve(
         progress: Whether to show it.
 
     Returns:
-        The solution, how many passes it took, and its residual, which is recomputed at the end.
+        The solution, how many passes it took, and its residual, which is recomputed at the end from what is returned.
 
     Raises:
         NotConverged: If the residual does not get that small; the error has what was reached as ``.solution``.

@@ -172,10 +172,12 @@ def test_two_runs_on_one_store_at_once_are_refused(context, tmp_path):
     while len(whole_tiles(folder)) < 3:
         time.sleep(0.001)
     os.kill(child.pid, signal.SIGSTOP)
-    with pytest.raises(ValueError, match=r"^path: expected a store that nobody else is filling, got .*/k,"):
-        finish(folder, *sizes)
-    child.kill()
-    child.join()
+    try:
+        with pytest.raises(ValueError, match=r"^path: expected a store that nobody else is filling, got .*/k,"):
+            finish(folder, *sizes)
+    finally:
+        child.kill()
+        child.join()
     finish(folder, *sizes)
 
 

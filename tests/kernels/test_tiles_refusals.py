@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import types
@@ -15,33 +14,12 @@ from torch import nn
 
 from ldyn.kernels import _tiles_engine, tiles
 from ldyn.models import mlp
+from tests.kernels.tile_stores import MODEL, X, snapshot, unfinish
 
 zarr = pytest.importorskip("zarr")
 pytest.importorskip("dask")
 
 F64 = torch.float64
-MODEL, X = mlp((3, 4, 2)), torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
-
-
-def snapshot(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Write a store once."""
-    return tiles.tiled_gram(MODEL, X, path=tmp_path_factory.mktemp("store") / "k", tile=3).path
-
-
-@pytest.fixture
-def store(finished, tmp_path):
-    """Return a copy of it to hurt."""
-    return shutil.copytree(finished, tmp_path / "k")
-
-
-def unfinish(store):
-    file = store / "zarr.json"
-    file.write_text(file.read_text().replace('"finished": true', '"finished": false'))
 
 
 def flip(file, place):
