@@ -33,7 +33,6 @@ __all__ = [
 DENSE = 2048
 """Matrices up to this size are diagonalised in full to find their extreme eigenvalues."""
 
-
 RANK = 100
 """Rank of the preconditioner with which a kernel in tiles is solved."""
 
@@ -111,7 +110,7 @@ def factorise(kernel: Tensor, *, ridge: float = 0.0) -> Factorisation:
     value = _kernel(kernel, "kernel")
     shift = _checks.require_nonnegative(ridge, "ridge")
     matrix = _matrix(value).clone()
-    _require_symmetric(matrix, value.dtype)
+    _require_symmetric(matrix, value.dtype, "kernel")
     matrix.diagonal().add_(shift)
     scale = max(float(matrix.diagonal().amax()), 0.0)
     factor, info = torch.linalg.cholesky_ex(matrix)
@@ -193,7 +192,7 @@ def relative_ridge(kernel: Tensor | TiledGram, fraction: float) -> float:
         The ridge; the same for blocks as for their trace pseudo-NTK.
 
     Raises:
-        ValueError: If the shape is neither, the kernel is not finite, its trace is negative, or the fraction is.
+        ValueError: If the kernel is none of these or not finite, or its trace or the fraction is negative.
     """
     share = _checks.require_nonnegative(fraction, "fraction")
     if isinstance(kernel, Tensor):
@@ -202,6 +201,8 @@ def relative_ridge(kernel: Tensor | TiledGram, fraction: float) -> float:
         numbers = diagonal if value.ndim == 2 else diagonal.diagonal(dim1=0, dim2=1)
         mean = float(numbers.mean(dtype=torch.float64))
     else:
+        if not hasattr(kernel, "tile"):  # a factorisation, or a kernel of another library
+            raise ValueError(f"kernel: expected a tensor or a TiledGram, got {_checks.describe(kernel)}")
         if kernel.shape[0] != kernel.shape[1]:
             raise ValueError(f"kernel: expected one of equal sides, got shape {kernel.shape}")
         count, step = kernel.shape[0], kernel.tile
@@ -236,7 +237,7 @@ def extreme_eigenvalues(
     value = _kernel(kernel, "kernel")
     matrix = _matrix(value)
     if factorisation is None:
-        _require_symmetric(matrix, value.dtype)
+        _require_symmetric(matrix, value.dtype, "kernel")
     else:
         _checks.require_shape(factorisation.factor, "factorisation.factor", tuple(matrix.shape))
     if len(matrix) <= DENSE:
@@ -285,6 +286,7 @@ def prediction_gap(
     count, outputs = len(value), value.shape[2]
     whole = factorise(value, ridge=ridge)
     kappa = _fit(numbers, "numbers", [count, count], value.dtype, value)
+    _require_symmetric(_matrix(kappa), value.dtype, "numbers")
     rows = _fit(cross, "cross", ["M", count, outputs, outputs], value.dtype, value)
     few = _fit(cross_numbers, "cross_numbers", [len(rows), count], value.dtype, value).to(torch.float64)
     residual, _ = _residual(targets, initial, None, (len(rows), count, outputs), value.dtype, value)
@@ -343,14 +345,14 @@ def _matrix(kernel: Tensor) -> Tensor:
     return kernel.permute(2, 0, 3, 1).reshape(out * rows, into * columns).to(torch.float64)
 
 
-def _require_symmetric(matrix: Tensor, dtype: torch.dtype) -> None:
+def _require_symmetric(matrix: Tensor, dtype: torch.dtype, name: str) -> None:
     """Refuse a matrix that is not symmetric to half the digits of a dtype, without a second one of its size."""
     limit = torch.finfo(dtype).eps ** 0.5 * float(torch.linalg.vector_norm(matrix.diagonal(), ord=torch.inf))
     for start in range(0, len(matrix), DENSE):
         rows, columns = matrix[start : start + DENSE, start:], matrix[start:, start : start + DENSE]
         apart = float((rows - columns.T).abs().amax())
         if apart > limit:
-            raise ValueError(f"kernel: expected a symmetric matrix, got entries that differ by {apart:.3g}")
+            raise ValueError(f"{name}: expected a symmetric matrix, got entries that differ by {apart:.3g}")
 
 
 def _fit(value: object, name: str, shape: list[int | str | None], dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from ldyn import data, models
 from ldyn.kernels import pntk_sweep as sweep
 from ldyn.kernels.entk import KINDS, entk
-from ldyn.kernels.pntk_sweep import FEW, Record, Run
+from ldyn.kernels.pntk_sweep import FEW, SOME, Record, Run
 
 
 def test_the_convolutional_network_is_what_it_says():
@@ -179,6 +179,46 @@ def test_the_command_resumes_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out == ""
 
 
+def test_the_command_measures_what_it_was_asked_for(tmp_path, monkeypatch):
+    """Each network at its own seed, before and after training on the training part, and nothing twice."""
+    jobs = [("mlp", 4, 3, (FEW, SOME)), ("conv", 2, 1, (FEW, SOME))]
+    monkeypatch.setattr(sweep, "plan", lambda: iter(jobs))
+    trainings, measured = [], []
+    images = data.split(data.digits()).train.images
+
+    def training(model, train, *, seed):
+        trainings.append((models.flat_parameters(model).numel(), seed))
+        assert torch.equal(train.images, images)
+        return models.moved(model, torch.ones_like(models.flat_parameters(model)))
+
+    def quick(model, run):
+        start = models.flat_parameters(sweep.network(run.net, run.width, run.seed))
+        shift = models.flat_parameters(model) - start
+        torch.testing.assert_close(shift, torch.full_like(shift, float(run.state == "trained")))
+        measured.append(run)
+        return tuple(Record(*run, kind, 1, 0.5, math.nan, *[1 / 3] * 7) for kind in ("entk", *KINDS))
+
+    monkeypatch.setattr(sweep, "measure", quick)
+    monkeypatch.setattr(sweep, "trained", training)
+    path = tmp_path / "some.csv"
+    sizes = [models.flat_parameters(sweep.network(*job[:3])).numel() for job in jobs]
+    sweep.main(["--output", str(path), "--net", "conv", "--examples", str(SOME)])
+    assert [run[1:] for run in measured] == [(2, 1, "initial", SOME), (2, 1, "trained", SOME)]
+    assert trainings == [(sizes[1], 1)]
+    sweep.main(["--output", str(path)])
+    wanted = [Run(*job[:3], state, size) for job in jobs for state in ("initial", "trained") for size in job[3]]
+    assert sorted(measured) == sorted(wanted)
+    assert trainings[1:] == [(sizes[0], 3), (sizes[1], 1)]
+    sweep.main(["--output", str(path)])
+    assert (len(measured), len(trainings)) == (8, 3)
+    assert "nan" not in path.read_text()  # what is not defined is an empty field
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith(f"mlp,4,3,initial,{FEW},")))
+    sweep.main(["--output", str(path)])  # no training for the sake of what is measured before it
+    assert (len(measured), len(trainings)) == (9, 3)
+    assert [type(value) for value in sweep.records(path)[0][:7]] == [str, int, int, str, int, str, int]
+
+
 def test_help_tells_what_it_costs(capsys):
     with pytest.raises(SystemExit) as stop:
         sweep.main(["--help"])
@@ -190,6 +230,9 @@ def test_bad_input_is_refused(tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("net,width\nmlp,3\n")
     with pytest.raises(ValueError, match="path: expected the columns net, width, seed"):
+        sweep.records(path)
+    path.write_text(",".join(sorted(Record._fields)) + "\n")
+    with pytest.raises(ValueError, match="path: expected the columns"):
         sweep.records(path)
     path.write_text("")
     with pytest.raises(ValueError, match="path: expected the columns"):
