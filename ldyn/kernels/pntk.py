@@ -3,14 +3,14 @@
 Three different numbers go by the name. For the block K = J(x) J(x')ᵀ of a model with V outputs f,
 
 - "first" is K_11, the kernel of the first output: one gradient of a number for each example;
-- "sum" is 1ᵀK1 / V, the kernel of Σ_a f_a / √V: as cheap. Training with cross-entropy leaves the sum of the rows of the
-  last layer as it was drawn, so that afterwards this number looks at the network through an untrained head;
+- "sum" is 1ᵀK1 / V, the kernel of Σ_a f_a / √V: as cheap. Gradient descent on cross-entropy leaves the sum of the rows
+  of the last layer as it was drawn, so that afterwards this number looks at the network through an untrained head;
 - "trace" is tr K / V, the mean over outputs: the multiple of the identity nearest to K, at every width and at any time.
   It needs the gradients of all outputs, but not their V² inner products.
 
-At initialisation all three have the same mean where the head has independent entries of mean zero. `pntk` computes
-tables of them for any model, `pseudo_ntks` reads them off blocks, and `pntk_error` measures what they miss. Beside
-these, this module gathers what is built on them:
+At initialisation all three have the same mean where the entries of the head are independent, with mean zero and one
+variance. `pntk` computes tables of them for any model, `pseudo_ntks` reads them off blocks, and `pntk_error` measures
+what they miss. Beside these, this module gathers what is built on them:
 
 - how large the error of one block can be over a random head (`pntk_error_bound`, `pntk_variance`, ...): the chapter
   *How wide is wide enough for one number?*;

@@ -132,6 +132,21 @@ def test_single_precision_is_summed_in_double():
     error = pntk.pntk_error(blocks, torch.zeros(1 << 13, dtype=torch.float32))
     exact = float(torch.tensor(0.1, dtype=torch.float32)) * (1 << 15) ** 0.5
     assert error.absolute == pytest.approx(exact, rel=1e-12)
+    assert error.norm == pytest.approx(exact, rel=1e-12)
+    blocks, numbers = normal(50, 3, 3, dtype=torch.float32), normal(50, seed=1, dtype=torch.float32)
+    wide = pntk.pntk_error(blocks.double(), numbers.double())
+    assert pntk.pntk_error(blocks, numbers) == pytest.approx(wide, rel=1e-13)
+
+
+def test_measuring_keeps_nothing_for_a_derivative():
+    """A kernel that requires gradients is measured as one that does not: no graph, which would hold copies of it."""
+    blocks, numbers = normal(3, 2, 2).requires_grad_(), normal(3, seed=1).requires_grad_()
+    plain = pntk.pntk_error(blocks.detach(), numbers.detach())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda packed: packed):
+        assert pntk.pntk_error(blocks, numbers.detach()) == plain
+        assert pntk.pntk_error(blocks.detach(), numbers) == plain
+    assert not kept
 
 
 def test_a_kernel_of_nothing_but_zeros():
