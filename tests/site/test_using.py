@@ -37,6 +37,8 @@ def test_a_reference_shows_what_it_leads_to(visit: Open) -> None:
         link = seen.page.locator("article a.reference.internal[href='#kl-range-bound']").first
         preview = seen.page.locator("[data-tippy-root]")
         statement = seen.page.locator("#kl-range-bound")
+        # previews come after the page, and a mouse that is there before them has to come again
+        seen.page.wait_for_function("link => link._tippy", arg=link.element_handle())
         for show, leave in (
             (link.hover, lambda: seen.page.mouse.move(0, 0)),
             (link.focus, lambda: seen.page.keyboard.press("Escape")),
