@@ -231,7 +231,6 @@ import dask, torch, zarr
 from ldyn.kernels import tiles
 from ldyn.kernels.entk import pntk
 from ldyn.models import mlp
-from tests.kernels.tile_stores import MODEL, X, snapshot, unfinish
 x, model = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), mlp((3, 4, 2))
 pntk(model, x)  # which imports what it needs
 if os.geteuid() == 0:  # who may do anything
